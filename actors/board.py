@@ -1,0 +1,81 @@
+"""The board: where every replica of every pool says how far it is, for progress lines and the stall watchdog."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+REPORT_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One replica's totals since it started.
+
+    Attributes:
+        num_rows: rows that left the pool here, failed ones included.
+        num_failed: of these, rows that were or became quarantined here.
+        num_tokens: tokens made.
+        num_running, num_waiting: candidates in the engine, and those waiting for a place in it.
+        units: names of the units in flight.
+        state: `starting` until the engine is up, then `running`.
+    """
+
+    num_rows: int = 0
+    num_failed: int = 0
+    num_tokens: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    units: tuple[str, ...] = ()
+    state: str = "starting"
+
+
+@dataclass
+class Replica:
+    """What the board keeps of one replica: its last snapshot, when that last changed, and when its first row left."""
+
+    snapshot: Snapshot = field(default_factory=Snapshot)
+    changed_at: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.monotonic)
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+class Board:
+    """Lives as long as the job. Reports are whole snapshots, so that one that is lost or comes twice does no harm."""
+
+    def __init__(self) -> None:
+        self._pools: dict[str, dict[str, Replica]] = {}
+
+    def report(self, pool: str, replica: str, snapshot: Snapshot) -> None:
+        known = self._pools.setdefault(pool, {}).setdefault(replica, Replica())
+        if known.snapshot != snapshot:
+            known.snapshot, known.changed_at = snapshot, time.monotonic()
+
+    def read(self) -> dict[str, list[tuple[Snapshot, float]]]:
+        """Pool -> (snapshot, seconds since it last changed) of each replica there ever was."""
+        now = time.monotonic()
+        return {
+            pool: [(replica.snapshot, now - replica.changed_at) for replica in replicas.values()]
+            for pool, replicas in self._pools.items()
+        }
+
+
+class Reporter:
+    """Reports for one replica, from a thread of its own, so that a busy or hanging engine cannot keep it from speaking."""
+
+    def __init__(self, board: Any, pool: str, snapshot: Callable[[], Snapshot]) -> None:
+        self._board, self._pool, self._snapshot = board, pool, snapshot
+        self._replica = ray.get_runtime_context().get_actor_id() or "driver"
+        threading.Thread(target=self._run, name="board-reporter", daemon=True).start()
+
+    def _run(self) -> None:
+        last: Snapshot | None = None
+        while True:
+            snapshot = self._snapshot()
+            if snapshot != last:
+                self._board.report.remote(self._pool, self._replica, snapshot)
+                last = snapshot
+            time.sleep(REPORT_EVERY_S)

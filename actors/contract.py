@@ -1,0 +1,151 @@
+"""What pipelines and actors agree on: the unit table, its Arrow types, row errors and config field metadata.
+
+This is the one module that `pipelines/corpus/` and `actors/` both import; neither imports the other.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+# --- the unit table -------------------------------------------------------------------------------------------------
+#
+# A unit is a `pyarrow.Table` with one row per input row. Stages add columns to it and never drop, add or reorder rows.
+
+MESSAGE = pa.struct([pa.field("role", pa.string(), False), pa.field("content", pa.string(), False)])
+PROMPT = pa.list_(pa.field("element", MESSAGE, False))
+"""A chat: system (optional, first), then user and assistant in turn, user last. Null only where `problem` is set."""
+
+RESPONSE_FIELDS = [
+    pa.field("text", pa.string(), False),  # without reasoning, stripped of surrounding white space
+    pa.field("reasoning", pa.string()),  # a reasoning model's thinking; null when there was none
+    pa.field("model", pa.string(), False),  # as configured: folder name, hub id or provenance label
+    pa.field("status", pa.string(), False),  # ok | failed
+    pa.field("error", pa.string()),  # "<cause>: <message>" when failed
+    pa.field("finish_reason", pa.string()),  # stop | length; null when failed or stored
+    pa.field("num_prompt_tokens", pa.int32()),  # tokens the model read; null when failed or stored
+    pa.field("num_tokens", pa.int32()),  # tokens the model made, end-of-sequence excluded; null likewise
+    pa.field("seed", pa.int64(), False),  # of this candidate's sampling
+]
+RESPONSE = pa.struct(RESPONSE_FIELDS)
+ALIGNED = pa.struct(
+    [
+        *RESPONSE_FIELDS,
+        pa.field("iterations", pa.int32()),  # forward passes of a parallel decoder; null for one-position decoding
+        pa.field("accepted", pa.int32()),  # draft tokens kept by a parallel decoder; null likewise
+        pa.field("changed", pa.bool_()),  # text differs from the response's; null when failed
+    ]
+)
+RESPONSES = pa.list_(pa.field("element", RESPONSE, False))
+ALIGNED_LIST = pa.list_(pa.field("element", ALIGNED, False))
+
+PROBLEM = pa.struct(
+    [
+        pa.field("stage", pa.string(), False),  # read | policy | aligner
+        pa.field("cause", pa.string(), False),  # a slug to group and to retry by, e.g. prompt_too_long
+        pa.field("error_class", pa.string(), False),
+        pa.field("message", pa.string(), False),
+        pa.field("attempts", pa.int32(), False),
+    ]
+)
+"""Why a row is quarantined; null for every row that is well."""
+
+
+def pack(unit: pa.Table, /, **labels: str) -> pa.Table:
+    """Wrap a unit of n rows into a table of ONE row, each column a list of n: the form that travels through Ray Data.
+
+    `labels` become plain string columns of that row: what is said of the unit as a whole.
+    """
+    columns = {name: _as_list(unit[name].combine_chunks()) for name in unit.column_names}
+    return pa.table({**{name: pa.array([label]) for name, label in labels.items()}, **columns})
+
+
+def unpack(packed: pa.Table) -> pa.Table:
+    """The unit's rows, labels left out. Raises ValueError unless there is one unit: two must never share a call."""
+    if packed.num_rows != 1:
+        raise ValueError(f"a stage must receive one unit at a time, got {packed.num_rows}")
+    lists = {name: packed[name].combine_chunks() for name in packed.column_names if pa.types.is_list(packed[name].type)}
+    return pa.table({name: _chunk(column).flatten() for name, column in lists.items()})
+
+
+def with_column(packed: pa.Table, name: str, values: pa.Array) -> pa.Table:
+    """The packed unit with one more column of n values, or with one replaced."""
+    column = _as_list(values)
+    if name in packed.column_names:
+        return packed.set_column(packed.column_names.index(name), name, column)
+    return packed.append_column(name, column)
+
+
+def label(packed: pa.Table, name: str) -> str:
+    """A label that `pack` was given."""
+    value: str = packed[name][0].as_py()
+    return value
+
+
+def _as_list(values: pa.Array | pa.ChunkedArray) -> pa.ListArray:
+    values = _chunk(values)
+    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
+
+
+def _chunk(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # combine_chunks keeps a chunked array where it holds no chunk
+        column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
+    return column
+
+
+# --- seeds ----------------------------------------------------------------------------------------------------------
+
+
+def candidate_seed(run_seed: int, prompt_id: str, candidate: int, stage: str) -> int:
+    """Seed of one candidate at one stage, in [0, 2**63): from what the row is, never from where it was or with whom."""
+    key = f"{run_seed}\x00{stage}\x00{candidate}\x00{prompt_id}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+class ConfigError(ValueError):
+    """A user's mistake: one line that names the fix. The job exits with 2, without a trace."""
+
+
+class RowError(Exception):
+    """An error of one request: that candidate fails, its neighbours go on.
+
+    `cause` is the slug under which the row may be quarantined and later retried.
+    """
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(cause, message)
+        self.cause = cause
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.cause}: {self.message}"
+
+
+# --- config fields --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Doc:
+    """What a config field's metadata says: its help line, and whether its value can change a row of the corpus."""
+
+    help: str
+    changes_rows: bool
+
+
+def option(default: Any, help: str, *, changes_rows: bool = False) -> Any:
+    """A documented config field. `changes_rows=True` puts its value into the run's fingerprint."""
+    metadata = {"doc": Doc(help, changes_rows)}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def section(kind: type, help: str) -> Any:
+    """A config field that is a section of its own."""
+    return field(default_factory=kind, metadata={"doc": Doc(help, changes_rows=False)})

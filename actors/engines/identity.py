@@ -1,0 +1,88 @@
+"""Which model it is, exactly: a folder's contents or a hub id's commit, found out without loading any weights."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from actors.contract import ConfigError
+from actors.engines.base import EngineConfig
+
+Config = TypeVar("Config", bound=EngineConfig)
+
+_DESCRIBING = ("config.json", "generation_config.json", "chat_template.jinja", "tokenizer*", "special_tokens_map.json")
+
+
+def pinned(config: Config, section: str) -> Config:
+    """The config with its model pinned: a folder by its absolute path, a hub id by the commit of its revision.
+
+    Raises ConfigError, naming `section`, where there is no such model.
+    """
+    if config.engine == "stored":
+        return config
+    folder = Path(config.model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{section}.model: {folder} holds no config.json; it is not a Hugging Face model folder")
+        if not list(folder.glob("*.safetensors")):
+            raise ConfigError(f"{section}.model: {folder} holds no *.safetensors; other weight formats are not loaded")
+        return replace(config, model=str(folder.resolve()))
+    if config.model.startswith(("/", ".", "~")) or config.model.count("/") != 1:
+        raise ConfigError(f"{section}.model: there is no folder {config.model}, and it is not a hub id (owner/name)")
+    return replace(config, revision=_commit(config.model, config.revision, section))
+
+
+def identity(config: EngineConfig) -> str:
+    """16 hex digits over config, tokenizer and safetensors headers with sizes and mtimes; a commit; or `stored`."""
+    if config.engine == "stored":
+        return "stored"
+    folder = Path(config.model)
+    if not folder.is_absolute():
+        return str(config.revision)
+    found = hashlib.sha256()
+    for path in sorted({path for pattern in _DESCRIBING for path in folder.glob(pattern) if path.is_file()}):
+        found.update(f"{path.name}\n".encode() + path.read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        status = path.stat()
+        found.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode() + safetensors_header(path))
+    return found.hexdigest()[:16]
+
+
+def safetensors_header(path: Path) -> bytes:
+    """The JSON header of a safetensors file: names, dtypes and shapes of its tensors."""
+    with path.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
+
+
+def weight_bytes(config: EngineConfig) -> int | None:
+    """Bytes of a local model's weights in the configured dtype, from its headers; None for a hub id or `stored`."""
+    folder = Path(config.model)
+    if config.engine == "stored" or not folder.is_absolute():
+        return None
+    width = 4 if config.dtype == "float32" else 2
+    num_values = 0
+    for path in folder.glob("*.safetensors"):
+        for name, tensor in json.loads(safetensors_header(path)).items():
+            if name != "__metadata__":
+                count = 1
+                for length in tensor["shape"]:
+                    count *= length
+                num_values += count
+    return num_values * width
+
+
+def _commit(model: str, revision: str | None, section: str) -> str:
+    """The commit that a revision of a hub id stands for: asked of the hub, or else the cached one."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return str(HfApi().model_info(model, revision=revision, timeout=10).sha)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    try:
+        cached = snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=["config.json"])
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        raise ConfigError(f"{section}.model: {model} is neither a folder nor to be had from a hub ({reason})") from None
+    return Path(cached).name

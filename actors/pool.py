@@ -1,0 +1,114 @@
+"""A pool of model actors as a stage of a Ray Data pipeline: packed units in, the same units with one column more out."""
+
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+from ray.data import ActorPoolStrategy
+
+from actors.board import Reporter, Snapshot
+from actors.contract import ConfigError, label, option, unpack, with_column
+from actors.engines import build_engine
+from actors.engines.base import EngineConfig
+
+
+@dataclass(frozen=True)
+class PoolConfig(EngineConfig):
+    """How many replicas of a model there are and what each of them takes. None of it changes a row."""
+
+    replicas: int = option(1, "actors of the pool, each with the whole model")
+    units_in_flight: int = option(2, "units that one replica works on at the same time, to keep its engine full")
+    num_gpus: int = option(0, "GPUs of one replica, all on one node")
+    num_cpus: float = option(1.0, "CPUs that Ray sets aside for one replica")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("replicas", "units_in_flight"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("num_gpus", "num_cpus"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a stage adds to a unit of n rows, and how many of its rows it failed or found failed."""
+
+    values: dict[str, pa.Array]
+    num_failed: int
+
+
+class ModelStage:
+    """One replica: an engine, and as many units in flight as Ray Data gives it. Subclasses say what is done to a unit.
+
+    Args:
+        name: of the pool, on the board.
+        config: of the pool.
+        board: handle of the job's board.
+        sharers: replicas without a GPU that share a node's cores.
+    """
+
+    def __init__(self, name: str, config: PoolConfig, board: Any, sharers: int) -> None:
+        self._snapshot = Snapshot()
+        self._units: dict[str, None] = {}
+        self._engine = None
+        Reporter(board, name, self._now)
+        num_threads = config.num_threads or max(1, (os.cpu_count() or 1) // max(1, sharers))
+        self._engine = build_engine(config, num_threads)
+
+    def _now(self) -> Snapshot:
+        if self._engine is None:
+            return self._snapshot
+        stats = self._engine.stats()
+        return replace(
+            self._snapshot,
+            num_tokens=stats.num_tokens,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            units=tuple(self._units),
+            state="running",
+        )
+
+    async def columns(self, unit: pa.Table) -> Columns:
+        """The columns that this stage makes of a unit's rows."""
+        raise NotImplementedError
+
+    async def __call__(self, packed: pa.Table) -> AsyncIterator[pa.Table]:
+        unit = unpack(packed)
+        name = label(packed, "unit")
+        self._units[name] = None
+        try:
+            made = await self.columns(unit)
+        finally:
+            self._units.pop(name, None)
+        self._snapshot = replace(
+            self._snapshot,
+            num_rows=self._snapshot.num_rows + unit.num_rows,
+            num_failed=self._snapshot.num_failed + made.num_failed,
+        )
+        for column, values in made.values.items():
+            packed = with_column(packed, column, values)
+        yield packed
+
+
+def add_pool(
+    dataset: ray.data.Dataset, stage: type[ModelStage], config: PoolConfig, **arguments: Any
+) -> ray.data.Dataset:
+    """`dataset`, streamed through a pool of `stage` actors. A unit is one row, so `batch_size=1` is one unit a call."""
+    return dataset.map_batches(
+        stage,
+        fn_constructor_kwargs={"config": config, **arguments},
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            size=config.replicas,
+            max_concurrent_calls_per_actor=config.units_in_flight,
+            max_tasks_in_flight_per_actor=config.units_in_flight + 1,  # one more, so that an engine never waits for Ray
+        ),
+        num_cpus=config.num_cpus,
+        num_gpus=config.num_gpus or None,
+    )

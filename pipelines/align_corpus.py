@@ -1,0 +1,113 @@
+"""Align a corpus: stream Parquet prompt shards through a policy pool and an aligner pool, and publish what comes out.
+
+    python pipelines/align_corpus.py policy=smollm2 aligner=rewrite_smollm2 input.path=PROMPTS output.root=CORPUS
+
+The same command resumes after a crash, and aligns only what is new when it is run again, every night. On a cluster:
+
+    ray job submit --working-dir . -- python pipelines/align_corpus.py key=value ...
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root instead of this folder: each module has one name
+
+from actors.contract import ConfigError
+from pipelines import report
+from pipelines.config import Flags, compose
+from pipelines.corpus.lease import Held, Lease
+from pipelines.corpus.plan import Plan, make_plan
+from pipelines.corpus.publish import Published, publish
+from pipelines.corpus.runs import check_fingerprint, create_run, latest_run
+from pipelines.corpus.shards import Input
+from pipelines.corpus.state import State, read_state
+from pipelines.corpus.storage import Storage
+from pipelines.settings import AlignCorpusConfig, fingerprint, pin_models, run_record
+
+DONE, USER_ERROR, NOT_CLEAN = 0, 2, 3
+
+
+def main(argv: list[str]) -> int:
+    """Run the job. Returns the exit code: 0 done, 2 the user's mistake, 3 bad shards or too much quarantined."""
+    try:
+        config, flags = compose(
+            AlignCorpusConfig,
+            argv,
+            prog="python pipelines/align_corpus.py",
+            description="Answer prompts with a policy model, align the answers, and publish both as a corpus.",
+            groups=("policy", "aligner", "site"),
+        )
+        return align_corpus(pin_models(config), flags)
+    except (ConfigError, Held) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+
+
+def align_corpus(config: AlignCorpusConfig, flags: Flags) -> int:
+    """Plan what is not done, make it, publish it; again where a unit turned out damaged. Returns the exit code."""
+    source = Input(config.input.path, config.site.storage_options)
+    output = Storage(config.output.root, config.site.storage_options)
+    if flags.dry_run:
+        report.print_dry_run(config, source, planned(config, flags, source, output, read_state(output)))
+        return DONE
+    with Lease(output, config.run.lease_ttl_s, announce=report.say):
+        output.sweep()
+        plan = planned(config, flags, source, output, read_state(output))
+        if plan.bad_shards and config.input.on_bad_shard == "fail":
+            report.print_bad_shards(plan)
+            return NOT_CLEAN
+        published = make_and_publish(config, flags, source, output, plan)
+        report.print_summary(config, output, plan, published)
+        return NOT_CLEAN if plan.bad_shards or published.withheld else DONE
+
+
+def planned(config: AlignCorpusConfig, flags: Flags, source: Input, output: Storage, state: State) -> Plan:
+    """What is to be made. Raises ConfigError where the rows would not go together with those that are there."""
+    before = latest_run(output)
+    plan = make_plan(
+        source,
+        config.input,
+        output,
+        state,
+        unit_rows=config.run.unit_rows,
+        limit=flags.limit,
+        retry_quarantined=config.run.retry_quarantined,
+        kept_types=before["kept_types"] if before else {},
+    )
+    check_fingerprint(
+        before["fingerprint"] if before else {},
+        fingerprint(config, plan.kept_types),
+        has_unpublished=bool(state.committed or state.unfinished),
+        has_published=bool(state.partitions),
+        accept_changes=config.run.accept_changes,
+    )
+    return plan
+
+
+def make_and_publish(
+    config: AlignCorpusConfig, flags: Flags, source: Input, output: Storage, plan: Plan
+) -> Published:
+    """Stream the plan's units through the pools, then publish what is committed."""
+    partitions: list[int] = []
+    while True:
+        if plan.num_units:
+            from pipelines.stream import stream  # here: a night with nothing new need not wait for Ray to be imported
+
+            run = create_run(output, run_record(config, plan))
+            stream(config, source, output, plan, run)
+        published = publish(
+            output,
+            config.output,
+            max_quarantined_fraction=config.run.max_quarantined_fraction,
+            accept_quarantined=config.run.accept_quarantined,
+            bad_shards=plan.bad_shards,
+        )
+        partitions.extend(published.partitions)
+        if not published.lost:
+            return Published(tuple(partitions), (), published.withheld)
+        report.say(f"{len(published.lost)} unit files are damaged or gone and are made again")
+        plan = planned(config, flags, source, output, read_state(output))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,61 @@
+"""The dataset card: README.md of the output root, with the YAML header that the Hugging Face Hub and `datasets` read."""
+
+from typing import Any
+
+import yaml
+
+from pipelines.corpus.runs import latest_run
+from pipelines.corpus.state import manifests
+from pipelines.corpus.storage import Storage
+
+
+def write_card(output: Storage, title: str) -> None:
+    """Write the card from the manifests, again until no partition has come in between: a late writer may be outdated."""
+    listed: list[int] = []
+    while True:
+        found = manifests(output)
+        numbers = [manifest["number"] for manifest in found]
+        if numbers == listed:
+            return
+        output.put("README.md", _card(title, found, latest_run(output)).encode())
+        listed = numbers
+
+
+def _card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | None) -> str:
+    num_ok = sum(manifest["num_ok"] for manifest in found)
+    configs = [{"config_name": "default", "data_files": [part["path"] for each in found for part in each["corpus"]]}]
+    quarantine = [part["path"] for each in found for part in each["quarantine"]]
+    if quarantine:
+        configs.append({"config_name": "quarantine", "data_files": quarantine})
+    header = {
+        "pretty_name": title,
+        "tags": ["synthetic", "alignment", "burnish"],
+        "size_categories": [_size_category(num_ok)],
+        "configs": [config for config in configs if config["data_files"]],
+    }
+    lines = ["---", yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(), "---", "", f"# {title}", ""]
+    lines += ["Prompts, the answers of a policy model, and the same answers aligned, one row per prompt. Made by burnish.", ""]
+    lines += ["| partition | rows | quarantined | repeated ids | shards finished | fingerprint |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| run={each['number']:06d} | {each['num_ok']} | {each['num_quarantined']} | {each['num_repeated_ids']} | "
+        f"{len(each['finished_shards'])} | {', '.join(each['fingerprints'])} |"
+        for each in found
+    ]
+    if run:
+        lines += ["", "## Made with", "", "| setting | value |", "|---|---|"]
+        lines += [f"| `{key}` | {_cell(value)} |" for key, value in sorted(run["fingerprint"].items())]
+    lines += ["", "## Read it", "", "```python", "import datasets", 'rows = datasets.load_dataset("<this folder>", split="train")']
+    lines += ["```", "", "Only files that a `manifest.json` lists belong to the corpus; a partition counts from `_SUCCESS` on.", ""]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    text = str(value).replace("|", "\\|").replace("\n", "⏎")
+    return f"`{text[:200]}{'…' if len(text) > 200 else ''}`"
+
+
+def _size_category(num_rows: int) -> str:
+    """The Hub's names for sizes."""
+    bounds = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
+    bounds += [(10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"), (1_000_000_000, "100M<n<1B")]
+    return next((name for bound, name in bounds if num_rows < bound), "n>1B")

@@ -1,0 +1,157 @@
+"""Commits: a finished unit becomes one Parquet object, created if absent, that says everything about its rows."""
+
+import base64
+import json
+import os
+import socket
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from actors.contract import label, unpack
+from pipelines.corpus import schema
+from pipelines.corpus.parquet import Damaged, read_footer
+from pipelines.corpus.read import Span, Unreadable, bytes_type, read_rows
+from pipelines.corpus.shards import Input, shard_of
+from pipelines.corpus.storage import Storage
+from pipelines.corpus.units import Unit
+
+METADATA_KEY = b"burnish.unit"
+
+
+@dataclass(frozen=True)
+class Committer:
+    """Writes units; a Ray Data stage. Everything it needs travels with it, so that any node can commit.
+
+    Attributes:
+        output: the output root.
+        source: the input, read again for the whole rows of what is quarantined.
+        keep_columns: the kept columns, in order.
+        run: number of the run record.
+        fingerprint: digest of the run's fingerprint.
+    """
+
+    output: Storage
+    source: Input
+    keep_columns: tuple[str, ...]
+    run: int
+    fingerprint: str
+
+    def __call__(self, packed: pa.Table) -> pa.Table:
+        """Commit one packed unit. Returns one row: unit, rows, quarantined, changed, whether this call's copy won."""
+        unit = Unit.parse(label(packed, "unit"))
+        if unit is None:
+            raise ValueError(f"{label(packed, 'unit')!r} is not a unit name")
+        shard = json.loads(label(packed, "shard"))
+        table = self._table(unit, shard, unpack(packed))
+        facts = self._facts(unit, shard, table)
+        won = write_unit(self.output, unit, table, facts)
+        changed = _num_changed(table)
+        return pa.table({
+            "unit": [unit.name],
+            "rows": [unit.num_rows],
+            "quarantined": [facts["num_quarantined"]],
+            "candidates": [changed[0]],
+            "changed": [changed[1]],
+            "won": [won],
+        })
+
+    def _table(self, unit: Unit, shard: dict[str, Any], rows: pa.Table) -> pa.Table:
+        """The unit file's table. Raises ValueError where a stage lost, added or moved a row."""
+        source_rows = rows["source"].combine_chunks().field("row")
+        if source_rows.to_pylist() != list(range(unit.start, unit.stop)):
+            raise ValueError(f"unit {unit.name} came through the stages with other rows than it set out with")
+        well = pc.is_null(rows["problem"])
+        columns = {name: rows[name] for name in ("prompt_id", "prompt", "responses", "aligned", "source")}
+        columns["status"] = pc.if_else(well, "ok", "quarantined")
+        columns["problem"] = rows["problem"]
+        columns["input"] = pa.array(self._inputs(unit, shard, well.to_pylist()), pa.string())
+        kept = [pa.field(name, rows.schema.field(name).type) for name in self.keep_columns]
+        columns.update({name: rows[name] for name in self.keep_columns})
+        return pa.table(columns).cast(pa.schema([*schema.UNIT, *kept]))
+
+    def _inputs(self, unit: Unit, shard: dict[str, Any], well: list[bool]) -> list[str | None]:
+        """The input row as JSON where it is quarantined, null elsewhere."""
+        inputs: list[str | None] = [None] * len(well)
+        if all(well):
+            return inputs
+        version = shard_of(shard)
+        row_group = 0
+        while unit.start >= sum(version.row_groups[: row_group + 1]):
+            row_group += 1
+        ((_, whole),) = read_rows(self.source, Span(version, row_group, (unit,)))
+        if isinstance(whole, Unreadable):
+            return inputs
+        for row, is_well in enumerate(well):
+            if not is_well:
+                inputs[row] = row_as_json(whole.slice(row, 1))
+        return inputs
+
+    def _facts(self, unit: Unit, shard: dict[str, Any], table: pa.Table) -> dict[str, Any]:
+        causes = Counter(problem["cause"] for problem in table["problem"].to_pylist() if problem)
+        return {
+            "unit": unit.name,
+            "shard": shard,
+            "num_rows": table.num_rows,
+            "num_quarantined": sum(causes.values()),
+            "causes": dict(causes),
+            "run": self.run,
+            "fingerprint": self.fingerprint,
+            "committed_at": time.time(),
+            "by": f"{socket.gethostname()}:{os.getpid()}",
+            "nonce": os.urandom(8).hex(),
+        }
+
+
+def write_unit(output: Storage, unit: Unit, table: pa.Table, facts: dict[str, Any]) -> bool:
+    """Create the unit's file; False where another copy of it was there first (this one is then dropped).
+
+    `facts` go into the file's key-value metadata, so that no second object has to agree with it; their nonce tells two
+    copies with the same rows apart. Pages carry checksums.
+    """
+    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(facts).encode()})
+
+    def write(path: Path) -> None:
+        pq.write_table(table, path, compression="zstd", write_page_checksum=True)
+
+    return output.create_file(unit.path, write)
+
+
+def row_as_json(row: pa.Table) -> str:
+    """One row as JSON text. Bytes that are not UTF-8 become {"base64": …}; times and the like become strings."""
+    values = {name: row[name].cast(bytes_type(row[name].type))[0].as_py() for name in row.column_names}
+    return json.dumps(_plain(values), ensure_ascii=False, default=str)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return {"base64": base64.b64encode(value).decode()}
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _num_changed(table: pa.Table) -> tuple[int, int]:
+    """(candidates that were aligned, those whose text changed)."""
+    flags = table["aligned"].combine_chunks().flatten().field("changed")
+    return len(flags) - flags.null_count, int(pc.sum(flags).as_py() or 0)
+
+
+def unit_facts(output: Storage, unit: Unit, size: int) -> dict[str, Any]:
+    """The facts of a committed unit of `size` bytes, from its footer. Raises Damaged, FileNotFoundError."""
+    metadata, _ = read_footer(output.fs, output.path(unit.path), size)
+    facts: dict[str, Any] = json.loads((metadata.metadata or {}).get(METADATA_KEY, b"{}"))
+    if not facts.get("num_rows") == metadata.num_rows == unit.num_rows:
+        raise Damaged(f"{unit.path} does not hold the {unit.num_rows} rows that its name says")
+    return facts

@@ -1,0 +1,339 @@
+"""From row ranges of Parquet shards to units of checked prompts, streamed through Ray Data one row group at a time."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ray.data import Datasource
+from ray.data.block import Block, BlockMetadata
+from ray.data.datasource import ReadTask
+
+from actors.contract import MESSAGE, PROBLEM, PROMPT, pack
+from pipelines.corpus.parquet import Watched, first_line
+from pipelines.corpus.schema import SOURCE
+from pipelines.corpus.shards import Input, InputConfig, Shard, is_string, shard_record
+from pipelines.corpus.units import Unit
+
+UNITS_PER_READ = 64
+"""Units of small row groups that share a read task: 100,000 tasks of one unit each would take Ray 100 s to make."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The pending units of one row group, in row order.
+
+    Attributes:
+        shard: the shard version.
+        row_group: counted from 0.
+        units: disjoint, all inside the row group.
+    """
+
+    shard: Shard
+    row_group: int
+    units: tuple[Unit, ...]
+
+    @property
+    def first_row(self) -> int:
+        """Row of the shard with which the row group begins."""
+        return sum(self.shard.row_groups[: self.row_group])
+
+    @property
+    def num_rows(self) -> int:
+        return sum(unit.num_rows for unit in self.units)
+
+
+class UnitSource(Datasource):
+    """A Ray Data source of packed units, made lazily: a read task walks many units and is held back when they pile up."""
+
+    def __init__(self, source: Input, config: InputConfig, spans: tuple[Span, ...]) -> None:
+        super().__init__()
+        self._source, self._config = source, config
+        self._tasks = list(_tasks(spans))
+
+    @property
+    def num_tasks(self) -> int:
+        return len(self._tasks)
+
+    def get_name(self) -> str:
+        return "Units"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
+        source, config = self._source, self._config
+
+        def task(spans: list[Span]) -> ReadTask:
+            return ReadTask(lambda: read_spans(source, config, spans), unknown)
+
+        return [task(spans) for spans in self._tasks]
+
+
+def _tasks(spans: tuple[Span, ...]) -> Iterator[list[Span]]:
+    held: list[Span] = []
+    for span in spans:
+        held.append(span)
+        if sum(len(each.units) for each in held) >= UNITS_PER_READ:
+            yield held
+            held = []
+    if held:
+        yield held
+
+
+def read_spans(source: Input, config: InputConfig, spans: list[Span]) -> Iterator[Block]:
+    """Packed units, labelled with `unit` (its name) and `shard` (its record as JSON)."""
+    for span in spans:
+        shard = json.dumps(shard_record(span.shard))
+        for unit, table in read_checked(source, config, span):
+            yield pack(table, unit=unit.name, shard=shard)
+
+
+def read_checked(source: Input, config: InputConfig, span: Span) -> Iterator[tuple[Unit, pa.Table]]:
+    """The span's units with every row checked.
+
+    Columns: prompt_id, prompt, stored (where there is a response column), the kept columns, source, problem.
+    """
+    for unit, rows in _rows(source, config.columns, span):
+        make = _unreadable if isinstance(rows, Unreadable) else _checked
+        yield unit, make(config, span, unit, rows)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """What stands for the rows of a unit whose row group is damaged: why, and the columns that there should be."""
+
+    message: str
+    schema: pa.Schema
+
+
+def read_rows(source: Input, span: Span) -> Iterator[tuple[Unit, "pa.Table | Unreadable"]]:
+    """Every column of the span's units, or why they cannot be read: for the quarantine, which keeps whole rows."""
+    return _rows(source, None, span)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def _rows(source: Input, columns: list[str] | None, span: Span) -> Iterator[tuple[Unit, "pa.Table | Unreadable"]]:
+    """(unit, its rows as stored), or (unit, Unreadable) from the first unit on that the file's damage touches."""
+    file = Watched(source.open(span.shard.listed.path))
+    parquet = pq.ParquetFile(pa.PythonFile(file, mode="r"))
+    waiting = list(span.units)
+    largest = max(unit.num_rows for unit in waiting)
+    position, held = span.first_row, pa.table({})
+    try:
+        batches = parquet.iter_batches(batch_size=max(largest, 256), row_groups=[span.row_group], columns=columns)
+        for batch in batches:
+            arrived = pa.Table.from_batches([batch])
+            held = arrived if held.num_rows == 0 else pa.concat_tables([held, arrived])
+            while waiting and waiting[0].stop <= position + held.num_rows:
+                unit = waiting.pop(0)
+                yield unit, held.slice(unit.start - position, unit.num_rows)
+            keep_from = min(waiting[0].start, position + held.num_rows) if waiting else position + held.num_rows
+            held = held.slice(keep_from - position)
+            position = keep_from
+            if not waiting:
+                return
+        raise OSError("the row group ends before the rows that the footer promises")
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if file.error is not None:
+            raise
+        message = first_line(error)
+    finally:
+        file.close()
+    for unit in waiting:
+        yield unit, Unreadable(message, parquet.schema_arrow)
+
+
+# --- checking -------------------------------------------------------------------------------------------------------
+
+
+def _checked(config: InputConfig, span: Span, unit: Unit, rows: pa.Table) -> pa.Table:
+    num_rows = rows.num_rows
+    chats, problems = _chats(rows[config.prompt_column])
+    ids = _ids(config, rows, unit, chats, problems)
+    columns: dict[str, Any] = {"prompt_id": pa.array(ids, pa.string()), "prompt": _prompt_array(chats, problems)}
+    if config.response_column:
+        stored, faults = _texts(rows[config.response_column])
+        for row, fault in faults.items():
+            problems.setdefault(row, ("invalid_utf8", fault))
+        columns["stored"] = pa.array(stored, pa.list_(pa.string()))
+    for name in config.keep_columns:
+        columns[name] = rows[name]
+    columns["source"] = _source(span, unit)
+    columns["problem"] = _problem_array(num_rows, problems)
+    return pa.table(columns)
+
+
+def _unreadable(config: InputConfig, span: Span, unit: Unit, rows: Unreadable) -> pa.Table:
+    count = unit.num_rows
+    columns: dict[str, Any] = {
+        "prompt_id": pa.array([_row_id(unit, row) for row in range(count)]),
+        "prompt": pa.nulls(count, PROMPT),
+    }
+    if config.response_column:
+        columns["stored"] = pa.nulls(count, pa.list_(pa.string()))
+    for name in config.keep_columns:
+        columns[name] = pa.nulls(count, rows.schema.field(name).type)
+    columns["source"] = _source(span, unit)
+    columns["problem"] = _problem_array(count, {row: ("unreadable_row_group", rows.message) for row in range(count)})
+    return pa.table(columns)
+
+
+Problems = dict[int, tuple[str, str]]
+"""Row of the unit -> (cause, message)."""
+
+Chat = list[tuple[str, str]]
+
+
+def _chats(column: pa.ChunkedArray) -> tuple[list[Chat], Problems]:
+    """Each row's chat, checked; [] where there is a problem."""
+    problems: Problems = {}
+    values = _bytes(column).to_pylist()
+    chats: list[Chat] = []
+    for row, value in enumerate(values):
+        try:
+            chats.append(_chat(value))
+        except _Bad as bad:
+            problems[row] = (bad.cause, bad.message)
+            chats.append([])
+    return chats, problems
+
+
+class _Bad(Exception):
+    def __init__(self, cause: str, message: str) -> None:
+        self.cause, self.message = cause, message
+
+
+def _chat(value: Any) -> Chat:
+    if value is None:
+        raise _Bad("null_prompt", "the prompt is null")
+    if isinstance(value, bytes):
+        text = _text(value)
+        if not text.strip():
+            raise _Bad("empty_prompt", "the prompt is empty or white space")
+        return [("user", text)]
+    if not value:
+        raise _Bad("empty_prompt", "the chat has no message")
+    chat: Chat = []
+    for turn, message in enumerate(value):
+        if message is None or message["role"] is None or message["content"] is None:
+            raise _Bad("null_prompt", f"message {turn} of the chat, its role or its content is null")
+        role, content = _text(message["role"]), _text(message["content"])
+        if not content.strip():
+            raise _Bad("empty_prompt", f"message {turn} of the chat is empty or white space")
+        chat.append((role, content))
+    roles = [role for role, _ in chat]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if not turns or turns[-1] != "user" or any(role != ("user", "assistant")[turn % 2] for turn, role in enumerate(turns)):
+        raise _Bad("invalid_roles", f"roles are {', '.join(roles)}; system (optional), then user, assistant, … user")
+    return chat
+
+
+def _text(value: bytes) -> str:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _Bad("invalid_utf8", f"byte {error.start} of {len(value)} is not UTF-8") from None
+
+
+def _texts(column: pa.ChunkedArray) -> tuple[list[list[str] | None], dict[int, str]]:
+    """Stored answers as lists (null stays null), and which rows hold invalid UTF-8."""
+    stored: list[list[str] | None] = []
+    faults: dict[int, str] = {}
+    for row, value in enumerate(_bytes(column).to_pylist()):
+        try:
+            answers = value if isinstance(value, list) else [value]
+            stored.append(None if value is None else [_text(answer or b"") for answer in answers])
+        except _Bad as bad:
+            stored.append(None)
+            faults[row] = bad.message
+    return stored, faults
+
+
+def _ids(config: InputConfig, rows: pa.Table, unit: Unit, chats: list[Chat], problems: Problems) -> list[str]:
+    """The user's ids, or hashes of the prompts. A user's id that comes twice in the unit makes the later row a problem."""
+    if config.id_column is None:
+        return [_row_id(unit, row) if row in problems else prompt_hash(chat) for row, chat in enumerate(chats)]
+    ids: list[str] = []
+    seen: set[str] = set()
+    for row, value in enumerate(_bytes(rows[config.id_column]).to_pylist()):
+        try:
+            found = _text(value) if isinstance(value, bytes) else "" if value is None else str(value)
+        except _Bad as bad:
+            problems.setdefault(row, (bad.cause, f"the id: {bad.message}"))
+            found = ""
+        if not found:
+            problems.setdefault(row, ("null_id", f"{config.id_column} is null or empty"))
+        elif found in seen:
+            problems.setdefault(row, ("duplicate_id", f"{config.id_column} {found!r} is that of an earlier row"))
+        seen.add(found)
+        ids.append(found or _row_id(unit, row))
+    return ids
+
+
+def prompt_hash(chat: Chat) -> str:
+    """`h:` and 32 hex digits: the id of a prompt without one. Equal chats have equal ids, wherever they are."""
+    canonical = json.dumps(chat, ensure_ascii=False, separators=(",", ":")).encode()
+    return f"h:{hashlib.sha256(canonical).hexdigest()[:32]}"
+
+
+def _row_id(unit: Unit, row: int) -> str:
+    return f"row:{unit.shard}:{unit.start + row}"
+
+
+def _bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column with strings as bytes: Parquet does not check UTF-8, and to Python one bad row would fail them all."""
+    return column.cast(bytes_type(column.type))
+
+
+def bytes_type(dtype: pa.DataType) -> pa.DataType:
+    """`dtype` with every string type in it, at any depth, replaced by binary."""
+    if is_string(dtype):
+        return pa.large_binary()
+    if pa.types.is_list(dtype):
+        return pa.list_(bytes_type(dtype.value_type))
+    if pa.types.is_large_list(dtype):
+        return pa.large_list(bytes_type(dtype.value_type))
+    if pa.types.is_struct(dtype):
+        return pa.struct([field.with_type(bytes_type(field.type)) for field in dtype])
+    return dtype
+
+
+def _prompt_array(chats: list[Chat], problems: Problems) -> pa.Array:
+    roles = [role for chat in chats for role, _ in chat]
+    contents = [content for chat in chats for _, content in chat]
+    offsets = [0]
+    for chat in chats:
+        offsets.append(offsets[-1] + len(chat))
+    messages = pa.StructArray.from_arrays([pa.array(roles, pa.string()), pa.array(contents, pa.string())], fields=list(MESSAGE))
+    mask = pa.array([not chat for chat in chats])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), messages, type=PROMPT, mask=mask)
+
+
+def _problem_array(num_rows: int, problems: Problems) -> pa.Array:
+    return pa.array([_problem(problems.get(row)) for row in range(num_rows)], PROBLEM)
+
+
+def _problem(found: tuple[str, str] | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    cause, message = found
+    return {"stage": "read", "cause": cause, "error_class": "InputError", "message": message, "attempts": 1}
+
+
+def _source(span: Span, unit: Unit) -> pa.Array:
+    count = unit.num_rows
+    return pa.StructArray.from_arrays(
+        [
+            pa.array([span.shard.listed.path] * count, pa.string()),
+            pa.array([span.row_group] * count, pa.int32()),
+            pa.array(range(unit.start, unit.stop), pa.int64()),
+        ],
+        fields=list(SOURCE),
+    )

@@ -1,0 +1,245 @@
+"""Input shards: finding them, telling one version of a shard from another, and refusing those that cannot be read."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from actors.contract import ConfigError, option
+from pipelines.corpus import schema
+from pipelines.corpus.parquet import Damaged, read_footer
+
+_READERS = 16
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """Where the prompts are and what their columns mean."""
+
+    path: str = option("???", "Parquet file, folder (searched below) or glob, local or by URL")
+    prompt_column: str = option("prompt", "column of strings, or of chats: lists of {role, content}", changes_rows=True)
+    id_column: str | None = option(None, "column that names each prompt; null: a hash of the prompt", changes_rows=True)
+    response_column: str | None = option(None, "column of answers for `policy=stored`: string or list", changes_rows=True)
+    keep_columns: list[str] = option([], "columns carried into the corpus unchanged", changes_rows=True)
+    on_bad_shard: Literal["fail", "skip"] = option("fail", "a shard that cannot be read: stop at once, or do the others")
+    on_changed_shard: Literal["fail", "new"] = option("fail", "a known path with new content: stop, or align it as new")
+
+    def __post_init__(self) -> None:
+        taken = sorted(set(self.keep_columns) & set(schema.UNIT.names))
+        if taken:
+            raise ConfigError(f"keep_columns may not name {', '.join(taken)}: the corpus has columns of that name")
+        if len(set(self.keep_columns)) < len(self.keep_columns):
+            raise ConfigError("keep_columns names a column twice")
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that are read, each once."""
+        named = [self.prompt_column, self.id_column, self.response_column, *self.keep_columns]
+        return list(dict.fromkeys(name for name in named if name))
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A shard as a listing shows it.
+
+    Attributes:
+        path: below the input root (the longest literal folder of a glob).
+        size: bytes.
+        tag: ETag where the store has one, else the modification time in nanoseconds: changes when the content does.
+    """
+
+    path: str
+    size: int
+    tag: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One version of an input shard.
+
+    Attributes:
+        listed: as listed.
+        key: 12 hex digits of a hash over path, size, tag and footer: names this version in unit names.
+        row_groups: rows of each row group.
+    """
+
+    listed: Listed
+    key: str
+    row_groups: tuple[int, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.row_groups)
+
+
+@dataclass(frozen=True)
+class BadShard:
+    """A shard of which no row can be read, and why."""
+
+    path: str
+    reason: str
+
+
+class Input:
+    """The folder, file or glob that the prompts come from. Safe to pickle."""
+
+    def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
+        self.url = url
+        try:
+            self.fs, path = fsspec.core.url_to_fs(os.path.expanduser(url), **(options or {}))
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"input.path {url!r} cannot be opened: {error}") from error
+        self._pattern = path.rstrip("/") if len(path) > 1 else path
+        self.root = _literal_folder(self._pattern)
+
+    def listing(self) -> list[Listed]:
+        """Every Parquet shard, in path order. Raises ConfigError where there is none."""
+        self.fs.invalidate_cache()
+        if "*" in self._pattern or "?" in self._pattern or "[" in self._pattern:
+            found = self.fs.glob(self._pattern, detail=True)
+        elif self.fs.isdir(self._pattern):
+            self.root = self._pattern
+            found = self.fs.find(self._pattern, detail=True)
+            found = {path: info for path, info in found.items() if path.endswith((".parquet", ".pq"))}
+        elif self.fs.exists(self._pattern):
+            found = {self._pattern: self.fs.info(self._pattern)}
+        else:
+            raise ConfigError(f"input.path {self.url!r} does not exist")
+        shards = [
+            Listed(path[len(self.root) :].lstrip("/"), int(info["size"]), _tag(info))
+            for path, info in found.items()
+            if info["type"] == "file" and not _is_hidden(path[len(self.root) :])
+        ]
+        if not shards:
+            raise ConfigError(f"input.path {self.url!r} holds no Parquet file")
+        return sorted(shards, key=lambda shard: shard.path)
+
+    def open(self, path: str) -> Any:
+        """The shard's bytes as a seekable binary file, unbuffered: Parquet reads whole column chunks."""
+        return self.fs.open(f"{self.root}/{path}", "rb", cache_type="none")
+
+    def footers(
+        self, listed: Iterable[Listed], config: InputConfig, kept_types: Mapping[str, str]
+    ) -> tuple[list[Shard], list[BadShard], dict[str, str]]:
+        """Read footers, many at a time: the shards, those that must be refused, and the kept columns' types.
+
+        `kept_types` are the Arrow types that earlier runs fixed; where there are none, the first good shard fixes them.
+        """
+        read = concurrently(self._footer, listed)
+        shards, bad = [], []
+        types = dict(kept_types)
+        for found, result in read:
+            if isinstance(result, str):
+                bad.append(BadShard(found.path, result))
+                continue
+            metadata, digest = result
+            columns = metadata.schema.to_arrow_schema()
+            reason = _refusal(columns, config, types)
+            if reason:
+                bad.append(BadShard(found.path, reason))
+                continue
+            for name in config.keep_columns:
+                types.setdefault(name, str(columns.field(name).type))
+            key = hashlib.sha256(f"{found.path}\n{found.size}\n{found.tag}\n{digest}".encode()).hexdigest()[:12]
+            groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+            shards.append(Shard(found, key, groups))
+        return shards, bad, types
+
+    def _footer(self, shard: Listed) -> "tuple[pq.FileMetaData, str] | str":
+        try:
+            metadata, footer = read_footer(self.fs, f"{self.root}/{shard.path}", shard.size)
+        except Damaged as error:
+            return f"broken_footer: {error}"
+        return metadata, hashlib.sha256(footer).hexdigest()
+
+
+def shard_record(shard: Shard) -> dict[str, Any]:
+    """The shard as manifests and unit files keep it."""
+    return {**asdict(shard.listed), "key": shard.key, "row_groups": list(shard.row_groups)}
+
+
+def shard_of(record: Mapping[str, Any]) -> Shard:
+    """Undo `shard_record`."""
+    listed = Listed(record["path"], record["size"], record["tag"])
+    return Shard(listed, record["key"], tuple(record["row_groups"]))
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def concurrently(function: Callable[[Item], Result], items: Iterable[Item]) -> list[tuple[Item, Result]]:
+    """(item, function(item)) for each, in order, computed by a few threads: for small reads, where waiting dominates."""
+    items = list(items)
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(zip(items, pool.map(function, items), strict=True))
+
+
+def is_prompt_type(dtype: pa.DataType) -> bool:
+    """Whether a column may hold prompts: strings, or lists of structs with role and content; all-null counts too."""
+    if is_string(dtype) or pa.types.is_null(dtype):
+        return True
+    if not (pa.types.is_list(dtype) or pa.types.is_large_list(dtype)) or not pa.types.is_struct(dtype.value_type):
+        return False
+    fields = {dtype.value_type.field(index).name: dtype.value_type.field(index).type for index in range(dtype.value_type.num_fields)}
+    return all(name in fields and (is_string(fields[name]) or pa.types.is_null(fields[name])) for name in ("role", "content"))
+
+
+def is_string(dtype: pa.DataType) -> bool:
+    if pa.types.is_dictionary(dtype):
+        dtype = dtype.value_type
+    return bool(pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype))
+
+
+def _refusal(columns: pa.Schema, config: InputConfig, kept_types: Mapping[str, str]) -> str | None:
+    for name in config.columns:
+        if name not in columns.names:
+            return f"missing_column: there is no column {name!r} among {', '.join(columns.names) or 'none'}"
+        if len(columns.get_all_field_indices(name)) > 1:
+            return f"schema_mismatch: there are two columns {name!r}"
+    prompt = columns.field(config.prompt_column).type
+    if not is_prompt_type(prompt):
+        return f"wrong_type: {config.prompt_column!r} is {prompt}; a string or list<struct<role, content>> is needed"
+    if config.id_column:
+        id_type = columns.field(config.id_column).type
+        if not (is_string(id_type) or pa.types.is_integer(id_type)):
+            return f"wrong_type: {config.id_column!r} is {id_type}; a string or an integer is needed"
+    if config.response_column:
+        response = columns.field(config.response_column).type
+        inner = response.value_type if pa.types.is_list(response) or pa.types.is_large_list(response) else response
+        if not (is_string(inner) or pa.types.is_null(inner)):
+            return f"wrong_type: {config.response_column!r} is {response}; a string or a list of strings is needed"
+    for name in config.keep_columns:
+        found = str(columns.field(name).type)
+        if found != kept_types.get(name, found):
+            return f"schema_mismatch: column {name!r} is {found} here and {kept_types[name]} in the shards before"
+    return None
+
+
+def _literal_folder(pattern: str) -> str:
+    """The longest folder of a path or glob that holds no wildcard."""
+    parts = pattern.split("/")
+    literal = []
+    for part in parts[:-1]:
+        if any(wild in part for wild in "*?["):
+            break
+        literal.append(part)
+    return "/".join(literal)
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith((".", "_")) for part in path.split("/") if part)
+
+
+def _tag(info: Mapping[str, Any]) -> str:
+    for name in ("ETag", "etag", "md5Hash"):
+        if info.get(name):
+            return str(info[name]).strip('"')
+    stamp = info.get("mtime", info.get("LastModified", info.get("last_modified", "")))
+    return str(int(stamp * 1e9)) if isinstance(stamp, float) else str(stamp)

@@ -1,0 +1,135 @@
+"""What the output root says has been done: units, partitions and runs, read anew from storage each time."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.corpus import units
+from pipelines.corpus.shards import Listed, Shard, concurrently, shard_of
+from pipelines.corpus.storage import Storage
+from pipelines.corpus.units import Coverage, Unit
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One `run=` partition.
+
+    Attributes:
+        number: counted from 1.
+        plan: plan.json: which units, cut into which parts.
+        manifest: manifest.json; None until the partition is finished, that is until `_SUCCESS` is there.
+    """
+
+    number: int
+    plan: Mapping[str, Any]
+    manifest: Mapping[str, Any] | None
+
+    @property
+    def units(self) -> list[Unit]:
+        """The units of the plan, in its order."""
+        return [parsed for part in self.plan["parts"] for name in part["units"] if (parsed := Unit.parse(name))]
+
+
+@dataclass(frozen=True)
+class State:
+    """The output root at one moment.
+
+    Attributes:
+        committed: units that count and that no partition holds, sorted.
+        sizes: bytes of each unit file, by unit.
+        published: rows that a partition holds or has planned to hold; they are done for good.
+        lost: units of an unfinished partition whose file is gone: they must be made again, exactly.
+        stale: unit files that do not count: published by now, or overlapping a unit that counts.
+        partitions: by number.
+    """
+
+    committed: tuple[Unit, ...]
+    sizes: Mapping[Unit, int]
+    published: Coverage
+    lost: tuple[Unit, ...]
+    stale: tuple[Unit, ...]
+    partitions: tuple[Partition, ...]
+
+    @property
+    def done(self) -> Coverage:
+        """Rows that need not be made: published, or committed in a unit that counts; less what was lost."""
+        return units.add(self.published, self.committed)
+
+    @property
+    def unfinished(self) -> tuple[Partition, ...]:
+        return tuple(partition for partition in self.partitions if partition.manifest is None)
+
+    @property
+    def finished_shards(self) -> dict[Listed, Shard]:
+        """Shards whose every row is published, as listed then: their footers need not be read again."""
+        return {
+            shard.listed: shard
+            for partition in self.partitions
+            if partition.manifest
+            for record in partition.manifest["finished_shards"]
+            for shard in [shard_of(record)]
+        }
+
+
+def partition_folder(number: int) -> str:
+    return f"corpus/run={number:06d}"
+
+
+def read_state(output: Storage) -> State:
+    """Units first, partitions second: a unit that is published in between is then seen twice, never not at all."""
+    sizes = {unit: size for name, size in output.sizes("units").items() if (unit := Unit.parse(name))}
+    partitions = _partitions(output)
+    finished: Coverage = {}
+    for partition in partitions:
+        if partition.manifest:
+            finished = units.add(finished, _manifest_units(partition.manifest))
+    planned = [unit for partition in partitions if partition.manifest is None for unit in partition.units]
+    published = units.add(finished, planned)
+    counting = units.cover(sizes, published)
+    keep = {*counting, *planned}
+    return State(
+        committed=tuple(counting),
+        sizes=sizes,
+        published=published,
+        lost=tuple(unit for unit in planned if unit not in sizes),
+        stale=tuple(unit for unit in sizes if unit not in keep),
+        partitions=partitions,
+    )
+
+
+def coverage_record(covered: Coverage) -> list[dict[str, Any]]:
+    """A coverage as manifests keep it: merged row ranges, so that it stays small however many units there were."""
+    return [{"shard": shard, "retry": retry, "ranges": ranges} for (shard, retry), ranges in sorted(covered.items())]
+
+
+def _manifest_units(manifest: Mapping[str, Any]) -> list[Unit]:
+    return [Unit(each["shard"], start, stop, each["retry"]) for each in manifest["rows"] for start, stop in each["ranges"]]
+
+
+def _partitions(output: Storage) -> tuple[Partition, ...]:
+    numbers = sorted(int(name[4:]) for name in output.folders("corpus") if name.startswith("run=") and name[4:].isdigit())
+    return tuple(found for _, found in concurrently(lambda number: _partition(output, number), numbers) if found)
+
+
+def _partition(output: Storage, number: int) -> Partition | None:
+    folder = partition_folder(number)
+    try:
+        plan = json.loads(output.read(f"{folder}/plan.json"))
+    except FileNotFoundError:
+        return None  # a local folder made by a writer that died before it could create the plan
+    finished = output.exists(f"{folder}/_SUCCESS")
+    return Partition(number, plan, json.loads(output.read(f"{folder}/manifest.json")) if finished else None)
+
+
+def manifests(output: Storage) -> list[dict[str, Any]]:
+    """Every manifest that is there, in partition order: finished partitions, and one whose `_SUCCESS` is still to come."""
+
+    def manifest(name: str) -> dict[str, Any] | None:
+        try:
+            found: dict[str, Any] = json.loads(output.read(f"corpus/{name}/manifest.json"))
+        except FileNotFoundError:
+            return None
+        return found
+
+    return [found for _, found in concurrently(manifest, output.folders("corpus")) if found]

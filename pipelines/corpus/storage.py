@@ -1,0 +1,183 @@
+"""All access to the output root, and the create-if-absent primitive that every guarantee of this project rests on."""
+
+import contextlib
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from actors.contract import ConfigError
+
+SCRATCH = ".scratch"
+SCRATCH_LIFE_S = 86_400.0
+
+
+class Storage:
+    """A folder at a path or URL (`/data/out`, `s3://bucket/out`), reached through fsspec.
+
+    Paths given to its methods are relative to that folder, with `/` between their parts. An object is either absent or
+    whole: readers never see a part of one. Safe to pickle and to share between processes and nodes.
+
+    Args:
+        url: the folder. It is made on the first write.
+        options: keyword arguments of the fsspec file system, such as `endpoint_url`. Never secrets: those come from the
+            environment, where fsspec's file systems look for them.
+    """
+
+    def __init__(self, url: str, options: dict[str, Any] | None = None) -> None:
+        self.url = url.rstrip("/") or "/"
+        try:
+            self.fs, root = fsspec.core.url_to_fs(os.path.expanduser(url), **(options or {}))
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"cannot open {url!r}: {error}") from error
+        self.root = root.rstrip("/")
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+
+    def path(self, path: str) -> str:
+        """The file system's own path of `path`. Raises ValueError where it would climb out of the root."""
+        if path.startswith("/") or ".." in path.split("/"):
+            raise ValueError(f"{path!r} is not a path below {self.url}")
+        return f"{self.root}/{path}" if path else self.root
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def read(self, path: str) -> bytes:
+        """The object's bytes. Raises FileNotFoundError."""
+        data: bytes = self.fs.cat_file(self.path(path))
+        return data
+
+    def exists(self, path: str) -> bool:
+        self.fs.invalidate_cache()
+        return bool(self.fs.exists(self.path(path)))
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Name -> bytes of every object directly in `folder`, in name order; {} where there is no such folder."""
+        if self.is_local:  # scandir: fsspec's own listing asks twice for each file, and there may be 100,000
+            try:
+                with os.scandir(self.path(folder)) as entries:
+                    found = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+            except FileNotFoundError:
+                return {}
+            return dict(sorted(found.items()))
+        self.fs.invalidate_cache()
+        try:
+            entries = self.fs.ls(self.path(folder), detail=True)
+        except FileNotFoundError:
+            return {}
+        found = {entry["name"].rsplit("/", 1)[1]: entry["size"] for entry in entries if entry["type"] == "file"}
+        return dict(sorted((name, size) for name, size in found.items() if name))
+
+    def folders(self, folder: str) -> list[str]:
+        """Names of the folders directly in `folder`, in order."""
+        self.fs.invalidate_cache()
+        try:
+            entries = self.fs.ls(self.path(folder), detail=True)
+        except FileNotFoundError:
+            return []
+        return sorted(entry["name"].rstrip("/").rsplit("/", 1)[1] for entry in entries if entry["type"] == "directory")
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write an object that must not be there yet. True when the object there is ours, False when another's is.
+
+        Of any number of concurrent callers with different data exactly one gets True.
+        """
+
+        def write(scratch: Path) -> None:
+            scratch.write_bytes(data)
+
+        return self.create_file(path, write)
+
+    def create_file(self, path: str, write: Callable[[Path], None]) -> bool:
+        """`create`, for an object too large for memory: `write` fills the local scratch file that it is given."""
+        with self._scratch(path) as scratch:
+            write(scratch)
+            if self.is_local:
+                _sync(scratch)
+                return self._link(scratch, path)
+            return self._put_if_absent(scratch, path)
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write an object, replacing one that is there: for heartbeats and the dataset card, where the last one wins."""
+        if not self.is_local:
+            self.fs.pipe_file(self.path(path), data)
+            return
+        with self._scratch(path) as scratch:
+            scratch.write_bytes(data)
+            os.replace(scratch, self._made(path))
+
+    def delete(self, paths: list[str]) -> None:
+        """Delete objects; one that is gone already is no error."""
+        if not self.is_local:
+            for start in range(0, len(paths), 1000):
+                with contextlib.suppress(FileNotFoundError):
+                    self.fs.rm([self.path(path) for path in paths[start : start + 1000]])
+            return
+        for path in paths:
+            Path(self.path(path)).unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Delete the scratch files that writers killed more than a day ago left at a local root."""
+        for name in self.sizes(SCRATCH) if self.is_local else ():
+            path = Path(self.path(f"{SCRATCH}/{name}"))
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > SCRATCH_LIFE_S:
+                    path.unlink()
+
+    # --- how --------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _scratch(self, path: str) -> Iterator[Path]:
+        """A local file to fill: on the root's own file system where that is local, so that a link can publish it."""
+        name = f"{uuid.uuid4().hex}-{path.rsplit('/', 1)[-1]}"
+        folder = Path(self.path(SCRATCH)) if self.is_local else Path(tempfile.gettempdir())
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = folder / name
+        try:
+            yield scratch
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    def _made(self, path: str) -> Path:
+        target = Path(self.path(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
+
+    def _link(self, scratch: Path, path: str) -> bool:
+        target = self._made(path)
+        try:
+            os.link(scratch, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise ConfigError(f"{self.url} must be on a file system with hard links: {error}") from error
+        _sync(target.parent)
+        return True
+
+    def _put_if_absent(self, scratch: Path, path: str) -> bool:
+        """Conditional put. A refusal and a lost answer look alike to the caller, so both end in reading back."""
+        target = self.path(path)
+        try:
+            self.fs.put_file(str(scratch), target, mode="create")
+            return True
+        except Exception as error:
+            try:
+                found: bytes = self.fs.cat_file(target)
+            except FileNotFoundError:
+                raise error from None  # neither ours nor another's: the put itself failed
+        return found == scratch.read_bytes()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

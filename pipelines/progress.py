@@ -1,0 +1,191 @@
+"""What a person sees while a job runs, and the watchdog that never lets it hang in silence."""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from tqdm import tqdm
+
+from actors.board import Snapshot
+
+POLL_S = 1.0
+STALLED = 4
+
+
+@dataclass
+class Tally:
+    """What the driver has counted: committed units and what was in them. One thread writes, another reads."""
+
+    num_units: int = 0
+    num_rows: int = 0
+    num_quarantined: int = 0
+    num_candidates: int = 0
+    num_changed: int = 0
+
+    def add(self, report: dict[str, Any]) -> None:
+        """Count one row of `Committer`'s report."""
+        self.num_units += 1
+        self.num_rows += report["rows"]
+        self.num_quarantined += report["quarantined"]
+        self.num_candidates += report["candidates"]
+        self.num_changed += report["changed"]
+
+
+@dataclass(frozen=True)
+class PoolTotals:
+    """All replicas of a pool together; `idle_s` is the time since any of them last changed."""
+
+    num_rows: int
+    num_failed: int
+    num_tokens: int
+    num_running: int
+    num_waiting: int
+    units: tuple[str, ...]
+    states: tuple[str, ...]
+    idle_s: float
+
+
+Board = Any  # ray.actor.ActorHandle of actors.board.Board
+
+
+def read_board(board: Board) -> dict[str, PoolTotals]:
+    """The pools' totals, by pool name."""
+    found: dict[str, list[tuple[Snapshot, float]]] = ray.get(board.read.remote(), timeout=30)
+    return {
+        name: PoolTotals(
+            num_rows=sum(snapshot.num_rows for snapshot, _ in replicas),
+            num_failed=sum(snapshot.num_failed for snapshot, _ in replicas),
+            num_tokens=sum(snapshot.num_tokens for snapshot, _ in replicas),
+            num_running=sum(snapshot.num_running for snapshot, _ in replicas),
+            num_waiting=sum(snapshot.num_waiting for snapshot, _ in replicas),
+            units=tuple(unit for snapshot, _ in replicas for unit in snapshot.units),
+            states=tuple(snapshot.state for snapshot, _ in replicas),
+            idle_s=min(idle for _, idle in replicas),
+        )
+        for name, replicas in found.items()
+    }
+
+
+@contextlib.contextmanager
+def shown(
+    board: Board, tally: Tally, pools: list[str], num_rows: int, *, log_every_s: float, stall_s: float
+) -> Iterator[None]:
+    """Show progress while the body runs: live bars on a terminal, one line per pool every `log_every_s` seconds elsewhere.
+
+    Ends the process with exit code 4, after a diagnosis, when nothing has moved for `stall_s` seconds.
+    """
+    show = _bars(pools, num_rows) if sys.stderr.isatty() else _lines(pools, num_rows, log_every_s)
+    stop = threading.Event()
+
+    def watch() -> None:
+        committed, moved_at = -1, time.monotonic()
+        while not stop.wait(POLL_S):
+            try:
+                totals = read_board(board)
+            except (ray.exceptions.RayError, TimeoutError):
+                totals = {}  # the board is coming back somewhere; silence still counts towards a stall
+            now = time.monotonic()
+            if tally.num_units != committed:
+                committed, moved_at = tally.num_units, now
+            idle = min([now - moved_at, *(pool.idle_s for pool in totals.values())])
+            show(totals, tally)
+            if idle > stall_s:
+                _give_up(totals, tally, idle)
+        show(None, tally)
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _give_up(totals: dict[str, PoolTotals], tally: Tally, idle: float) -> None:
+    print(f"error: nothing has moved for {idle / 60:.1f} minutes (run.stall_minutes); giving up", file=sys.stderr)
+    for name, pool in totals.items():
+        in_flight = ", ".join(pool.units) or "none"
+        print(
+            f"  {name}: engines {', '.join(pool.states)}; last progress {pool.idle_s:.0f} s ago; {pool.num_running} "
+            f"candidates running, {pool.num_waiting} waiting; units in flight: {in_flight}",
+            file=sys.stderr,
+        )
+    print(f"  {tally.num_units} units were committed; the same command resumes", file=sys.stderr, flush=True)
+    os._exit(STALLED)  # a hanging engine would hang an orderly shutdown too; Ray ends its processes when we are gone
+
+
+Show = Callable[["dict[str, PoolTotals] | None", Tally], None]
+
+
+def _bars(pools: list[str], num_rows: int) -> Show:
+    names = [*pools, "committed"]
+    width = max(map(len, names))
+    bars = {
+        name: tqdm(total=num_rows, desc=name.ljust(width), unit="row", position=place, dynamic_ncols=True, smoothing=0.1)
+        for place, name in enumerate(names)
+    }
+    last = {name: (0, time.monotonic()) for name in pools}
+
+    def show(totals: dict[str, PoolTotals] | None, tally: Tally) -> None:
+        bars["committed"].n = tally.num_rows
+        bars["committed"].set_postfix_str(f"{tally.num_quarantined} quarantined")
+        for name, pool in (totals or {}).items():
+            tokens, at = last[name]
+            now = time.monotonic()
+            rate = (pool.num_tokens - tokens) / max(now - at, 1e-9)
+            last[name] = (pool.num_tokens, now)
+            bars[name].n = min(pool.num_rows, num_rows)
+            bars[name].set_postfix_str(f"{rate:.0f} tokens/s, {pool.num_running} in flight, {pool.num_failed} failed")
+        if totals is None:
+            for bar in bars.values():
+                bar.close()
+
+    return show
+
+
+def _lines(pools: list[str], num_rows: int, every_s: float) -> Show:
+    start = time.monotonic()
+    shown_at = start
+    before: dict[str, tuple[int, int]] = {}
+
+    def show(totals: dict[str, PoolTotals] | None, tally: Tally) -> None:
+        nonlocal shown_at
+        now = time.monotonic()
+        if totals is None or now - shown_at < every_s:
+            return
+        span, shown_at = now - shown_at, now
+        for name in pools:
+            pool = totals.get(name)
+            if pool is None:
+                print(f"{name}: starting", file=sys.stderr)
+                continue
+            rows, tokens = before.get(name, (0, 0))
+            before[name] = (pool.num_rows, pool.num_tokens)
+            print(
+                f"{name}: {pool.num_rows}/{num_rows} rows, {(pool.num_rows - rows) / span:.1f} rows/s, "
+                f"{(pool.num_tokens - tokens) / span:.0f} tokens/s, {pool.num_running} in flight, {pool.num_failed} failed, "
+                f"ETA {_eta(pool.num_rows, num_rows, now - start)}",
+                file=sys.stderr,
+            )
+        print(
+            f"committed: {tally.num_rows}/{num_rows} rows, {tally.num_quarantined} quarantined, "
+            f"ETA {_eta(tally.num_rows, num_rows, now - start)}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return show
+
+
+def _eta(done: int, total: int, elapsed_s: float) -> str:
+    if not done:
+        return "unknown"
+    left = int(elapsed_s * max(0, total - done) / done)
+    return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"

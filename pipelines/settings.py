@@ -1,0 +1,124 @@
+"""Every key of the align_corpus job, put together from the sections that the layers own."""
+
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from actors.aligner import AlignerConfig
+from actors.contract import ConfigError, option, section
+from actors.engines.identity import identity, pinned
+from actors.policy import PolicyConfig, model_label
+from actors.pool import PoolConfig
+from actors.recipes import recipe_version
+from pipelines.config import changes_rows, resolved
+from pipelines.corpus import schema
+from pipelines.corpus.plan import Plan
+from pipelines.corpus.publish import OutputConfig
+from pipelines.corpus.runs import digest
+from pipelines.corpus.shards import InputConfig
+
+VERSION = "0.1.0"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a job goes about it, and when it stops."""
+
+    seed: int = option(0, "every candidate's seed derives from this, its prompt_id and its number", changes_rows=True)
+    unit_rows: int = option(256, "most rows of a unit: what is committed at once, and lost at most by a crash")
+    task_mib: float = option(0.0, "units per Ray task, in MiB of rows; 0: one unit. Raise it where engines are cheap")
+    max_quarantined_fraction: float = option(0.1, "publish nothing where more of a partition's rows are quarantined")
+    accept_quarantined: bool = option(False, "publish all the same")
+    retry_quarantined: str | None = option(None, "align published quarantined rows with this cause again")
+    accept_changes: bool = option(False, "apply a changed config to new rows")
+    lease_ttl_s: float = option(30.0, "seconds of silence after which another job on the same root counts as dead")
+    stall_minutes: float = option(30.0, "end with exit code 4 after so long without a token, a commit or a start-up")
+
+    def __post_init__(self) -> None:
+        for name in ("unit_rows", "lease_ttl_s", "stall_minutes"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be more than 0, got {getattr(self, name)}")
+        if not 0 <= self.max_quarantined_fraction <= 1:
+            raise ConfigError(f"max_quarantined_fraction must be in [0, 1], got {self.max_quarantined_fraction}")
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """Where the job runs."""
+
+    ray_address: str | None = option(None, "Ray cluster to run on; null: RAY_ADDRESS where set, else one started here")
+    storage_options: dict[str, Any] = option({}, "fsspec options for input and output, such as endpoint_url; no secrets")
+    log_every_s: float = option(30.0, "seconds between progress lines where there is no terminal")
+
+
+@dataclass(frozen=True)
+class AlignCorpusConfig:
+    """The align_corpus job."""
+
+    input: InputConfig = section(InputConfig, "where the prompts are")
+    output: OutputConfig = section(OutputConfig, "where the corpus goes")
+    policy: PolicyConfig = section(PolicyConfig, "the model that answers")
+    policies: list[PolicyConfig] = option([], "further policies; their candidates follow those of `policy`")
+    aligner: AlignerConfig = section(AlignerConfig, "the model that aligns")
+    run: RunConfig = section(RunConfig, "how a job goes about it")
+    site: SiteConfig = section(SiteConfig, "where the job runs")
+
+
+def pin_models(config: AlignCorpusConfig) -> AlignCorpusConfig:
+    """The config with every model pinned to a folder or a commit. Raises ConfigError where there is none."""
+    return replace(
+        config,
+        policy=pinned(config.policy, "policy"),
+        policies=[pinned(policy, f"policies.{number}") for number, policy in enumerate(config.policies)],
+        aligner=pinned(config.aligner, "aligner"),
+    )
+
+
+def pools(config: AlignCorpusConfig) -> dict[str, PoolConfig]:
+    """Every pool of the job by name, in the order in which a unit passes them."""
+    further = {f"policy_{number + 2}": policy for number, policy in enumerate(config.policies)}
+    return {"policy": config.policy, **further, "aligner": config.aligner}
+
+
+def fingerprint(config: AlignCorpusConfig, kept_types: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that can change a row, by dotted key: what two runs must share to make rows that go together."""
+    models = {f"{name}.model": f"{model_label(pool)} ({identity(pool)})" for name, pool in pools(config).items()}
+    return {
+        **changes_rows(config),
+        **models,
+        "aligner.recipe_version": recipe_version(config.aligner),
+        "corpus.schema_version": schema.VERSION,
+        **{f"input.keep_columns.{name}": dtype for name, dtype in sorted(kept_types.items())},
+    }
+
+
+def run_record(config: AlignCorpusConfig, plan: Plan) -> dict[str, Any]:
+    """What runs/<n>.json keeps: enough to make the same rows again, and to tell whether a later run would."""
+    made_of = fingerprint(config, plan.kept_types)
+    return {
+        "started_at": time.time(),
+        "code_version": code_version(),
+        "fingerprint": made_of,
+        "digest": digest(made_of),
+        "kept_types": plan.kept_types,
+        "num_units": plan.num_units,
+        "num_rows": plan.num_rows,
+        "bad_shards": [{"path": shard.path, "reason": shard.reason} for shard in plan.bad_shards],
+        "config": resolved(config),
+    }
+
+
+def code_version() -> str:
+    """The commit of this checkout, with `+changes` where it differs; the release where it is not a checkout."""
+    folder = Path(__file__).resolve().parents[1]
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+changes", "--abbrev=12"],
+            cwd=folder, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return VERSION
+    return found.stdout.strip()

@@ -1,0 +1,112 @@
+"""The job's data flow on Ray: units are read, answered, aligned and committed, all at the same time."""
+
+import logging
+import math
+import os
+import sys
+import time
+
+import ray
+import ray.data
+
+from actors.aligner import AlignerStage
+from actors.board import Board
+from actors.contract import ConfigError
+from actors.policy import PolicyStage
+from actors.pool import add_pool
+from pipelines import report
+from pipelines.corpus.commit import Committer
+from pipelines.corpus.plan import Plan
+from pipelines.corpus.read import UnitSource
+from pipelines.corpus.runs import digest
+from pipelines.corpus.shards import Input
+from pipelines.corpus.storage import Storage
+from pipelines.progress import Tally, read_board, shown
+from pipelines.settings import AlignCorpusConfig, fingerprint, pools
+
+READ_CPUS = 0.25
+COMMIT_CPUS = 0.25
+READERS = 2
+COMMITTERS = 4
+
+
+def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan, run: int) -> None:
+    """Make and commit every unit of the plan. Raises ConfigError for a mistake that only an actor could find."""
+    connect(config)
+    started = time.monotonic()
+    board = Board.remote()
+    tally = Tally()
+    committer = Committer(
+        output, source, tuple(config.input.keep_columns), run, digest(fingerprint(config, plan.kept_types))
+    )
+    committed = pipeline(config, source, plan, committer, board)
+    names = list(pools(config))
+    stall_s = config.run.stall_minutes * 60
+    with shown(board, tally, names, plan.num_rows, log_every_s=config.site.log_every_s, stall_s=stall_s):
+        try:
+            for row in committed.iter_rows():
+                tally.add(row)
+        except ray.exceptions.RayError as error:
+            mistake = _users_mistake(error)
+            if mistake is None:
+                raise
+            raise mistake from None
+    report.print_throughput(read_board(board), tally, time.monotonic() - started)
+
+
+def pipeline(
+    config: AlignCorpusConfig, source: Input, plan: Plan, committer: Committer, board: ray.actor.ActorHandle
+) -> ray.data.Dataset:
+    """Units -> responses -> aligned -> committed: one row a unit, one task a unit (several where engines are cheap)."""
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = max(1, int(config.run.task_mib * 2**20))  # 1 byte: every unit a block of its own
+    context.enable_progress_bars = False
+    context.retried_io_errors = []
+    shared = {"board": board, "sharers": sum(pool.replicas for pool in pools(config).values() if not pool.num_gpus)}
+    units = UnitSource(source, config.input, plan.spans)
+    dataset = ray.data.read_datasource(
+        units, num_cpus=READ_CPUS, concurrency=READERS, override_num_blocks=units.num_tasks
+    )
+    first_candidate = 0
+    for number, policy in enumerate([config.policy, *config.policies]):
+        dataset = add_pool(
+            dataset, PolicyStage, policy, name=f"policy_{number + 1}" if number else "policy",
+            run_seed=config.run.seed, first_candidate=first_candidate, **shared,
+        )  # fmt: skip
+        first_candidate += policy.num_candidates
+    dataset = add_pool(dataset, AlignerStage, config.aligner, name="aligner", run_seed=config.run.seed, **shared)
+    return dataset.map_batches(
+        committer, batch_size=1, batch_format="pyarrow", num_cpus=COMMIT_CPUS,
+        compute=ray.data.TaskPoolStrategy(size=COMMITTERS),
+    )  # fmt: skip
+
+
+def connect(config: AlignCorpusConfig) -> None:
+    """Join the cluster that the config or RAY_ADDRESS names, else start one on this machine's loopback."""
+    if ray.is_initialized():
+        return
+    address = config.site.ray_address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+        return
+    needed = sum(pool.replicas * pool.num_cpus for pool in pools(config).values())
+    needed += READERS * READ_CPUS + COMMITTERS * COMMIT_CPUS
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, math.ceil(needed)),  # logical: pools share the cores that there are
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        log_to_driver=True,
+        logging_level=logging.WARNING,
+    )
+
+
+def _users_mistake(error: BaseException | None) -> ConfigError | None:
+    """The ConfigError that an actor raised, out of the wrapping that Ray puts around it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, ConfigError):
+            return ConfigError(str(error.args[0]) if error.args else str(error))
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return None
