@@ -42,9 +42,8 @@ class Replica:
     started_at: float = field(default_factory=time.monotonic)
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class Board:
-    """Lives as long as the job. Reports are whole snapshots, so that one that is lost or comes twice does no harm."""
+    """A Ray actor that lives as long as the job. Reports are whole snapshots: one lost or come twice does no harm."""
 
     def __init__(self) -> None:
         self._pools: dict[str, dict[str, Replica]] = {}
@@ -64,18 +63,22 @@ class Board:
 
 
 class Reporter:
-    """Reports for one replica, from a thread of its own, so that a busy or hanging engine cannot keep it from speaking."""
+    """Reports for one replica, from a thread of its own: a busy or hanging engine cannot keep it from speaking."""
 
     def __init__(self, board: Any, pool: str, snapshot: Callable[[], Snapshot]) -> None:
         self._board, self._pool, self._snapshot = board, pool, snapshot
-        self._replica = ray.get_runtime_context().get_actor_id() or "driver"
+        self._replica = ray.get_runtime_context().get_actor_id()
         threading.Thread(target=self._run, name="board-reporter", daemon=True).start()
+
+    def report(self) -> Any:
+        """Report now. Returns what to await before an end that the thread might not live to report."""
+        return self._board.report.remote(self._pool, self._replica, self._snapshot())
 
     def _run(self) -> None:
         last: Snapshot | None = None
         while True:
             snapshot = self._snapshot()
             if snapshot != last:
-                self._board.report.remote(self._pool, self._replica, snapshot)
+                self.report()
                 last = snapshot
             time.sleep(REPORT_EVERY_S)

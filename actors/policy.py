@@ -19,7 +19,9 @@ class PolicyConfig(PoolConfig):
     num_candidates: int = option(1, "answers per prompt; `stored` takes all there are", changes_rows=True)
     system_prompt: str | None = option(None, "system message for prompts that have none", changes_rows=True)
     reasoning_end: str | None = option(
-        "</think>", "what ends a reasoning model's thinking, which is kept apart; null: there is none", changes_rows=True
+        "</think>",
+        "what ends a reasoning model's thinking, which is kept apart; null: there is none",
+        changes_rows=True,
     )
 
     def __post_init__(self) -> None:

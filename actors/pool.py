@@ -1,4 +1,4 @@
-"""A pool of model actors as a stage of a Ray Data pipeline: packed units in, the same units with one column more out."""
+"""A pool of model actors as a Ray Data stage: packed units in, the same units with one column more out."""
 
 import os
 from collections.abc import AsyncIterator
@@ -12,7 +12,7 @@ from ray.data import ActorPoolStrategy
 from actors.board import Reporter, Snapshot
 from actors.contract import ConfigError, label, option, unpack, with_column
 from actors.engines import build_engine
-from actors.engines.base import EngineConfig
+from actors.engines.base import Engine, EngineConfig
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,15 @@ class ModelStage:
     def __init__(self, name: str, config: PoolConfig, board: Any, sharers: int) -> None:
         self._snapshot = Snapshot()
         self._units: dict[str, None] = {}
-        self._engine = None
-        Reporter(board, name, self._now)
+        self._started: Engine | None = None
+        self._reporter = Reporter(board, name, self._now)
         num_threads = config.num_threads or max(1, (os.cpu_count() or 1) // max(1, sharers))
-        self._engine = build_engine(config, num_threads)
+        self._started = self._engine = build_engine(config, num_threads)
 
     def _now(self) -> Snapshot:
-        if self._engine is None:
+        if self._started is None:
             return self._snapshot
-        stats = self._engine.stats()
+        stats = self._started.stats()
         return replace(
             self._snapshot,
             num_tokens=stats.num_tokens,
@@ -90,6 +90,7 @@ class ModelStage:
             num_rows=self._snapshot.num_rows + unit.num_rows,
             num_failed=self._snapshot.num_failed + made.num_failed,
         )
+        await self._reporter.report()  # Ray ends this actor as soon as the last unit has left it
         for column, values in made.values.items():
             packed = with_column(packed, column, values)
         yield packed

@@ -7,6 +7,7 @@ The same command resumes after a crash, and aligns only what is new when it is r
     ray job submit --working-dir . -- python pipelines/align_corpus.py key=value ...
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from pipelines.corpus.state import State, read_state
 from pipelines.corpus.storage import Storage
 from pipelines.settings import AlignCorpusConfig, fingerprint, pin_models, run_record
 
-DONE, USER_ERROR, NOT_CLEAN = 0, 2, 3
+DONE, USER_ERROR, NOT_CLEAN, INTERRUPTED = 0, 2, 3, 130
 
 
 def main(argv: list[str]) -> int:
@@ -41,6 +42,9 @@ def main(argv: list[str]) -> int:
     except (ConfigError, Held) as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
+    except KeyboardInterrupt:
+        report.say("interrupted; what is committed is kept, and the same command goes on from there")
+        return INTERRUPTED
 
 
 def align_corpus(config: AlignCorpusConfig, flags: Flags) -> int:
@@ -84,9 +88,7 @@ def planned(config: AlignCorpusConfig, flags: Flags, source: Input, output: Stor
     return plan
 
 
-def make_and_publish(
-    config: AlignCorpusConfig, flags: Flags, source: Input, output: Storage, plan: Plan
-) -> Published:
+def make_and_publish(config: AlignCorpusConfig, flags: Flags, source: Input, output: Storage, plan: Plan) -> Published:
     """Stream the plan's units through the pools, then publish what is committed."""
     partitions: list[int] = []
     while True:
@@ -110,4 +112,5 @@ def make_and_publish(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` and schedulers end a job like Ctrl-C
     sys.exit(main(sys.argv[1:]))

@@ -76,7 +76,7 @@ def read_board(board: Board) -> dict[str, PoolTotals]:
 def shown(
     board: Board, tally: Tally, pools: list[str], num_rows: int, *, log_every_s: float, stall_s: float
 ) -> Iterator[None]:
-    """Show progress while the body runs: live bars on a terminal, one line per pool every `log_every_s` seconds elsewhere.
+    """Show progress while the body runs: live bars on a terminal, elsewhere a line a pool every `log_every_s` seconds.
 
     Ends the process with exit code 4, after a diagnosis, when nothing has moved for `stall_s` seconds.
     """
@@ -128,7 +128,9 @@ def _bars(pools: list[str], num_rows: int) -> Show:
     names = [*pools, "committed"]
     width = max(map(len, names))
     bars = {
-        name: tqdm(total=num_rows, desc=name.ljust(width), unit="row", position=place, dynamic_ncols=True, smoothing=0.1)
+        name: tqdm(
+            total=num_rows, desc=name.ljust(width), unit="row", position=place, dynamic_ncols=True, smoothing=0.1
+        )
         for place, name in enumerate(names)
     }
     last = {name: (0, time.monotonic()) for name in pools}
@@ -170,8 +172,8 @@ def _lines(pools: list[str], num_rows: int, every_s: float) -> Show:
             before[name] = (pool.num_rows, pool.num_tokens)
             print(
                 f"{name}: {pool.num_rows}/{num_rows} rows, {(pool.num_rows - rows) / span:.1f} rows/s, "
-                f"{(pool.num_tokens - tokens) / span:.0f} tokens/s, {pool.num_running} in flight, {pool.num_failed} failed, "
-                f"ETA {_eta(pool.num_rows, num_rows, now - start)}",
+                f"{(pool.num_tokens - tokens) / span:.0f} tokens/s, {pool.num_running} in flight, "
+                f"{pool.num_failed} failed, ETA {_eta(pool.num_rows, num_rows, now - start)}",
                 file=sys.stderr,
             )
         print(

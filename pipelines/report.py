@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from actors.engines.base import Messages
 from actors.engines.identity import weight_bytes
 from actors.policy import as_messages, policy_prompt
 from actors.pool import PoolConfig
@@ -51,7 +52,8 @@ def print_summary(config: AlignCorpusConfig, output: Storage, plan: Plan, publis
     found = manifests(output)
     new = [manifest for manifest in found if manifest["number"] in published.partitions]
     if not new:
-        print(f"nothing new: {sum(each['num_ok'] for each in found)} rows in {len(found)} partitions at {output.url}/corpus")
+        num_rows = sum(manifest["num_ok"] for manifest in found)
+        print(f"nothing new: {num_rows} rows in {len(found)} partitions at {output.url}/corpus")
         return
     for manifest in new:
         causes = ", ".join(f"{count} {cause}" for cause, count in sorted(manifest["causes"].items()))
@@ -68,7 +70,9 @@ def _print_rows(output: Storage, manifest: dict[str, Any]) -> None:
     if not manifest["corpus"]:
         return
     with output.fs.open(output.path(manifest["corpus"][0]["path"]), "rb") as file:
-        batch = next(pq.ParquetFile(file).iter_batches(SHOWN_ROWS, columns=["prompt_id", "prompt", "responses", "aligned"]))
+        batch = next(
+            pq.ParquetFile(file).iter_batches(SHOWN_ROWS, columns=["prompt_id", "prompt", "responses", "aligned"])
+        )
     for row in batch.to_pylist():
         print(f"\n{row['prompt_id']}")
         _print_text("prompt", row["prompt"][-1]["content"])
@@ -86,7 +90,9 @@ def _print_text(name: str, text: str) -> None:
 
 def print_dry_run(config: AlignCorpusConfig, source: Input, plan: Plan) -> None:
     """The plan, the pools, and the first prompts exactly as each model will see them. Nothing is written or started."""
-    print(f"input: {plan.num_shards} shards, {plan.num_finished} of them published before; {plan.num_done_rows} rows done")
+    print(
+        f"input: {plan.num_shards} shards, {plan.num_finished} of them published before; {plan.num_done_rows} rows done"
+    )
     print(f"to do: {plan.num_units} units, {plan.num_rows} rows, in {len(plan.spans)} row groups")
     for shard in plan.bad_shards:
         print(f"bad shard: {shard.path}: {shard.reason}")
@@ -115,18 +121,20 @@ def _first_prompts(config: AlignCorpusConfig, source: Input, plan: Plan) -> list
 
 def _print_as_seen(config: AlignCorpusConfig, row: dict[str, Any]) -> None:
     answer = (row.get("stored") or ["(the policy's answer)"])[0]
-    seen = {"policy": (config.policy, policy_prompt(config.policy, row["prompt"]))}
-    seen["aligner"] = (config.aligner, aligner_input(config.aligner, as_messages(row["prompt"]), answer))
-    for name, (pool, prompt) in seen.items():
+    seen: list[tuple[str, PoolConfig, Messages | str]] = [
+        ("policy", config.policy, policy_prompt(config.policy, row["prompt"])),
+        ("aligner", config.aligner, aligner_input(config.aligner, as_messages(row["prompt"]), answer)),
+    ]
+    for name, pool, prompt in seen:
         print(f"\n{row['prompt_id']} as the {name} sees it:")
         print(textwrap.indent(as_seen(pool, prompt), "  "))
 
 
-def as_seen(pool: PoolConfig, prompt: Any) -> str:
+def as_seen(pool: PoolConfig, prompt: Messages | str) -> str:
     """The prompt's tokens, decoded again with special tokens visible; for `stored`, the chat as it is."""
     if pool.engine == "stored":
         return prompt if isinstance(prompt, str) else "\n".join(f"{role}: {content}" for role, content in prompt)
     from actors.engines.prompts import encode_prompt, load_tokenizer, render_prompt
 
-    tokenizer = load_tokenizer(pool)
+    tokenizer = load_tokenizer(pool.model, pool.revision)
     return render_prompt(tokenizer, encode_prompt(tokenizer, prompt))

@@ -49,8 +49,10 @@ class RunConfig:
 class SiteConfig:
     """Where the job runs."""
 
-    ray_address: str | None = option(None, "Ray cluster to run on; null: RAY_ADDRESS where set, else one started here")
-    storage_options: dict[str, Any] = option({}, "fsspec options for input and output, such as endpoint_url; no secrets")
+    ray_address: str | None = option(None, "Ray cluster to run on, or `local`: one started here; null: RAY_ADDRESS where it is set, else local")
+    storage_options: dict[str, Any] = option(
+        {}, "fsspec options for input and output, such as endpoint_url; no secrets"
+    )
     log_every_s: float = option(30.0, "seconds between progress lines where there is no terminal")
 
 

@@ -3,8 +3,8 @@
 import logging
 import math
 import os
-import sys
 import time
+import warnings
 
 import ray
 import ray.data
@@ -34,7 +34,7 @@ def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan
     """Make and commit every unit of the plan. Raises ConfigError for a mistake that only an actor could find."""
     connect(config)
     started = time.monotonic()
-    board = Board.remote()
+    board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board).remote()
     tally = Tally()
     committer = Committer(
         output, source, tuple(config.input.keep_columns), run, digest(fingerprint(config, plan.kept_types))
@@ -60,8 +60,9 @@ def pipeline(
     """Units -> responses -> aligned -> committed: one row a unit, one task a unit (several where engines are cheap)."""
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = max(1, int(config.run.task_mib * 2**20))  # 1 byte: every unit a block of its own
-    context.enable_progress_bars = False
-    context.retried_io_errors = []
+    context.enable_progress_bars = False  # ours speak of rows and tokens
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"ray\.data")
     shared = {"board": board, "sharers": sum(pool.replicas for pool in pools(config).values() if not pool.num_gpus)}
     units = UnitSource(source, config.input, plan.spans)
     dataset = ray.data.read_datasource(
@@ -85,9 +86,9 @@ def connect(config: AlignCorpusConfig) -> None:
     """Join the cluster that the config or RAY_ADDRESS names, else start one on this machine's loopback."""
     if ray.is_initialized():
         return
-    address = config.site.ray_address or os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+    address = config.site.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+    if address != "local":
+        ray.init(address=address, logging_level=logging.ERROR)
         return
     needed = sum(pool.replicas * pool.num_cpus for pool in pools(config).values())
     needed += READERS * READ_CPUS + COMMITTERS * COMMIT_CPUS
@@ -95,9 +96,7 @@ def connect(config: AlignCorpusConfig) -> None:
         address="local",
         num_cpus=max(os.cpu_count() or 1, math.ceil(needed)),  # logical: pools share the cores that there are
         include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        log_to_driver=True,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
     )
 
 

@@ -19,16 +19,22 @@ class EngineConfig:
     model: str = option(MISSING, "folder or hub id of the model; a provenance label for `stored`")
     revision: str | None = option(None, "branch, tag or commit of a hub id; resolved to a commit when the run starts")
     max_tokens: int = option(512, "most tokens to make per candidate", changes_rows=True)
-    temperature: float = option(0.0, "0 decodes greedily, above 0 samples with one seed per candidate", changes_rows=True)
+    temperature: float = option(
+        0.0, "0 decodes greedily, above 0 samples with one seed per candidate", changes_rows=True
+    )
     top_p: float = option(1.0, "sample from the smallest set of tokens that holds this probability", changes_rows=True)
     top_k: int | None = option(None, "sample from this many most likely tokens; null: all", changes_rows=True)
     stop: list[str] = option([], "strings that end an answer and are not part of it", changes_rows=True)
-    max_model_len: int | None = option(None, "longest prompt plus answer in tokens; null: the model's own limit", changes_rows=True)
+    max_model_len: int | None = option(
+        None, "longest prompt plus answer in tokens; null: the model's own limit", changes_rows=True
+    )
     dtype: Literal["bfloat16", "float32", "float16"] = option("bfloat16", "of weights and KV cache", changes_rows=True)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "`auto` is cuda where there is one")
     max_num_seqs: int = option(32, "candidates decoded at the same time by one replica")
     kv_cache_tokens: int = option(131072, "most tokens (rows x longest row) the torch engine's KV cache may hold")
-    num_threads: int | None = option(None, "CPU threads of one replica; null: the node's cores shared between the pools")
+    num_threads: int | None = option(
+        None, "CPU threads of one replica; null: the node's cores shared between the pools"
+    )
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:

@@ -1,4 +1,4 @@
-"""The dataset card: README.md of the output root, with the YAML header that the Hugging Face Hub and `datasets` read."""
+"""The dataset card: README.md of the output root, with the YAML header that the Hub and `datasets` read."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from pipelines.corpus.storage import Storage
 
 
 def write_card(output: Storage, title: str) -> None:
-    """Write the card from the manifests, again until no partition has come in between: a late writer may be outdated."""
+    """Write the card from the manifests, again until no partition came in between: a late writer may be outdated."""
     listed: list[int] = []
     while True:
         found = manifests(output)
@@ -34,8 +34,14 @@ def _card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | None) -
         "configs": [config for config in configs if config["data_files"]],
     }
     lines = ["---", yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(), "---", "", f"# {title}", ""]
-    lines += ["Prompts, the answers of a policy model, and the same answers aligned, one row per prompt. Made by burnish.", ""]
-    lines += ["| partition | rows | quarantined | repeated ids | shards finished | fingerprint |", "|---|---|---|---|---|---|"]
+    lines += [
+        "Prompts, the answers of a policy model, and the same answers aligned, one row per prompt. Made by burnish.",
+        "",
+    ]
+    lines += [
+        "| partition | rows | quarantined | repeated ids | shards finished | fingerprint |",
+        "|---|---|---|---|---|---|",
+    ]
     lines += [
         f"| run={each['number']:06d} | {each['num_ok']} | {each['num_quarantined']} | {each['num_repeated_ids']} | "
         f"{len(each['finished_shards'])} | {', '.join(each['fingerprints'])} |"
@@ -44,8 +50,20 @@ def _card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | None) -
     if run:
         lines += ["", "## Made with", "", "| setting | value |", "|---|---|"]
         lines += [f"| `{key}` | {_cell(value)} |" for key, value in sorted(run["fingerprint"].items())]
-    lines += ["", "## Read it", "", "```python", "import datasets", 'rows = datasets.load_dataset("<this folder>", split="train")']
-    lines += ["```", "", "Only files that a `manifest.json` lists belong to the corpus; a partition counts from `_SUCCESS` on.", ""]
+    lines += [
+        "",
+        "## Read it",
+        "",
+        "```python",
+        "import datasets",
+        'rows = datasets.load_dataset("<this folder>", split="train")',
+    ]
+    lines += [
+        "```",
+        "",
+        "Only files that a `manifest.json` lists belong to the corpus; a partition counts from `_SUCCESS` on.",
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -53,14 +53,16 @@ class Committer:
         facts = self._facts(unit, shard, table)
         won = write_unit(self.output, unit, table, facts)
         changed = _num_changed(table)
-        return pa.table({
-            "unit": [unit.name],
-            "rows": [unit.num_rows],
-            "quarantined": [facts["num_quarantined"]],
-            "candidates": [changed[0]],
-            "changed": [changed[1]],
-            "won": [won],
-        })
+        return pa.table(
+            {
+                "unit": [unit.name],
+                "rows": [unit.num_rows],
+                "quarantined": [facts["num_quarantined"]],
+                "candidates": [changed[0]],
+                "changed": [changed[1]],
+                "won": [won],
+            }
+        )
 
     def _table(self, unit: Unit, shard: dict[str, Any], rows: pa.Table) -> pa.Table:
         """The unit file's table. Raises ValueError where a stage lost, added or moved a row."""

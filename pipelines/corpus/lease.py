@@ -25,9 +25,9 @@ class Lease:
     """A context manager: inside, this process is the one that writes to the root, and says so every few seconds.
 
     `leases/<epoch>.json` is created exclusively; whoever creates the highest epoch holds the root until
-    `leases/<epoch>.released` is there. Its heartbeat is `leases/<epoch>.heartbeat`, overwritten. A newcomer takes over at
-    once from a process that is certainly dead (same boot, same pid namespace, pid gone), and otherwise watches for up to
-    `ttl_s` seconds: a heartbeat that changes means refusal, none means takeover.
+    `leases/<epoch>.released` is there. Its heartbeat is `leases/<epoch>.heartbeat`, overwritten. A newcomer takes over
+    at once from a process that is certainly dead (same boot, same pid namespace, pid gone), and otherwise watches for
+    up to `ttl_s` seconds: a heartbeat that changes means refusal, none means takeover.
 
     Args:
         output: the output root.
@@ -78,7 +78,9 @@ class Lease:
             if time.monotonic() > deadline:
                 return
             if not announced:
-                self._announce(f"{_name(holder)} holds {self._output.url}; waiting up to {self._ttl_s:g} s for a sign of life")
+                self._announce(
+                    f"{_name(holder)} holds {self._output.url}; waiting up to {self._ttl_s:g} s for a sign of life"
+                )
                 announced = True
             time.sleep(POLL_S)
 

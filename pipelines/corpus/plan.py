@@ -105,7 +105,7 @@ def _cut(
     """The wanted rows that are neither done nor in `exact`, as units that do not cross a row group."""
     made_elsewhere = [(unit.start, unit.stop) for unit in exact if (unit.shard, unit.retry) == (shard.key, retry)]
     held = units.merged([*done.get((shard.key, retry), []), *made_elsewhere])
-    pending = []
+    pending: list[Unit] = []
     first = 0
     for num_rows in shard.row_groups:
         for start, stop in wanted:
@@ -122,7 +122,7 @@ def _spans(versions: dict[str, Shard], pending: list[Unit]) -> list[Span]:
         if unit.shard not in versions:
             raise ConfigError(f"unit {unit.name} must be made again, but its shard is no longer in the input as it was")
         by_shard.setdefault(unit.shard, []).append(unit)
-    spans = []
+    spans: list[Span] = []
     for key in sorted(by_shard, key=lambda key: (versions[key].listed.path, key)):
         ends = list(itertools.accumulate(versions[key].row_groups))
         groups = itertools.groupby(sorted(by_shard[key]), key=lambda unit: bisect.bisect_right(ends, unit.start))
@@ -156,8 +156,8 @@ def _refuse_changed(shards: list[Shard], output: Storage, state: State) -> None:
         if before and shard.key not in before:
             was, now = list(before.values())[-1], shard.listed
             raise ConfigError(
-                f"shard {now.path} has changed since it was read ({was.size} bytes, tag {was.tag}; now {now.size} bytes, "
-                f"tag {now.tag}); input.on_changed_shard=new aligns it as a new shard, besides the old rows"
+                f"shard {now.path} has changed since it was read ({was.size} bytes, tag {was.tag}; now {now.size} "
+                f"bytes, tag {now.tag}); input.on_changed_shard=new aligns it as a new shard, besides the old rows"
             )
 
 
@@ -173,7 +173,7 @@ def _retries(
                 unit = Unit.parse(name)
                 if found == cause and unit is not None:
                     rows.setdefault((unit.shard, unit.retry + 1), []).append(where["row"])
-    pending = []
+    pending: list[Unit] = []
     for (key, retry), numbers in sorted(rows.items()):
         if key not in versions:
             raise ConfigError(f"run.retry_quarantined: shard version {key} is no longer in the input")

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from actors.contract import ConfigError, option
+from actors.contract import PROBLEM, ConfigError, option
 from pipelines.corpus import schema, units
 from pipelines.corpus.card import write_card
 from pipelines.corpus.commit import unit_facts
@@ -69,9 +69,9 @@ def publish(
     """Publish every committed unit.
 
     Any number of publishers may run this at the same time and may be frozen or killed between any two steps: what a
-    partition holds is fixed by its `plan.json`, which one of them creates; every object after it has a name that the plan
-    determines, and is created if absent; and a plan is only ever made when all before it are finished, from a state
-    read after that.
+    partition holds is fixed by its `plan.json`, which one of them creates; every object after it has a name that the
+    plan determines, and is created if absent; and a plan is only ever made when all before it are finished, from a
+    state read after that.
     """
     finished: list[int] = []
     while True:
@@ -104,7 +104,7 @@ def _withheld(plan: dict[str, Any], most: float) -> str:
     causes = ", ".join(f"{count} {cause}" for cause, count in sorted(plan["causes"].items()))
     return (
         f"{plan['num_quarantined']} of {plan['num_rows']} rows are quarantined ({causes}), more than "
-        f"run.max_quarantined_fraction={most:g} allows; nothing is published. run.accept_quarantined=true publishes them"
+        f"run.max_quarantined_fraction={most:g} allows; nothing is published. run.accept_quarantined=true publishes it"
     )
 
 
@@ -151,7 +151,11 @@ def _plan(
 def _part(held: list[Unit], facts: dict[Unit, dict[str, Any]]) -> dict[str, Any]:
     num_quarantined = sum(facts[unit]["num_quarantined"] for unit in held)
     num_rows = sum(unit.num_rows for unit in held)
-    return {"units": [unit.name for unit in held], "num_ok": num_rows - num_quarantined, "num_quarantined": num_quarantined}
+    return {
+        "units": [unit.name for unit in held],
+        "num_ok": num_rows - num_quarantined,
+        "num_quarantined": num_quarantined,
+    }
 
 
 def _cut(found: list[Unit], state: State, part_bytes: int) -> Iterator[list[Unit]]:
@@ -274,7 +278,7 @@ def _quarantined_rows(unit: Unit, table: pa.Table) -> pa.Table:
     problem = rows["problem"].combine_chunks()
     columns = {name: rows[name] for name in rows.column_names}
     columns["unit"] = pa.array([unit.name] * rows.num_rows, pa.string())
-    columns.update({field.name: problem.field(field.name) for field in schema.PROBLEM})
+    columns.update({field.name: problem.field(field.name) for field in PROBLEM})
     return pa.table({name: columns[name] for name in schema.QUARANTINE.names}).cast(schema.QUARANTINE)
 
 
@@ -291,7 +295,10 @@ def _manifest(
         if not units.missing(0, sum(record["row_groups"]), published.get((record["key"], 0), []))
     ]
     return {
-        **{key: plan[key] for key in ("number", "num_rows", "num_quarantined", "causes", "runs", "fingerprints", "bad_shards")},
+        **{
+            key: plan[key]
+            for key in ("number", "num_rows", "num_quarantined", "causes", "runs", "fingerprints", "bad_shards")
+        },
         "num_ok": plan["num_rows"] - plan["num_quarantined"],
         "num_units": len(partition.units),
         "num_repeated_ids": _num_repeated_ids(output, corpus),

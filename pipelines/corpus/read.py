@@ -46,8 +46,8 @@ class Span:
         return sum(unit.num_rows for unit in self.units)
 
 
-class UnitSource(Datasource):
-    """A Ray Data source of packed units, made lazily: a read task walks many units and is held back when they pile up."""
+class UnitSource(Datasource):  # type: ignore[misc]  # Ray has no types
+    """A Ray Data source of packed units, made lazily: a read task walks many and is held back when they pile up."""
 
     def __init__(self, source: Input, config: InputConfig, spans: tuple[Span, ...]) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ def _unreadable(config: InputConfig, span: Span, unit: Unit, rows: Unreadable) -
     for name in config.keep_columns:
         columns[name] = pa.nulls(count, rows.schema.field(name).type)
     columns["source"] = _source(span, unit)
-    columns["problem"] = _problem_array(count, {row: ("unreadable_row_group", rows.message) for row in range(count)})
+    columns["problem"] = _problem_array(count, dict.fromkeys(range(count), ("unreadable_row_group", rows.message)))
     return pa.table(columns)
 
 
@@ -230,7 +230,11 @@ def _chat(value: Any) -> Chat:
         chat.append((role, content))
     roles = [role for role, _ in chat]
     turns = roles[1:] if roles[0] == "system" else roles
-    if not turns or turns[-1] != "user" or any(role != ("user", "assistant")[turn % 2] for turn, role in enumerate(turns)):
+    if (
+        not turns
+        or turns[-1] != "user"
+        or any(role != ("user", "assistant")[turn % 2] for turn, role in enumerate(turns))
+    ):
         raise _Bad("invalid_roles", f"roles are {', '.join(roles)}; system (optional), then user, assistant, … user")
     return chat
 
@@ -257,7 +261,7 @@ def _texts(column: pa.ChunkedArray) -> tuple[list[list[str] | None], dict[int, s
 
 
 def _ids(config: InputConfig, rows: pa.Table, unit: Unit, chats: list[Chat], problems: Problems) -> list[str]:
-    """The user's ids, or hashes of the prompts. A user's id that comes twice in the unit makes the later row a problem."""
+    """The user's ids, or hashes of the prompts. An id that comes twice in the unit makes the later row a problem."""
     if config.id_column is None:
         return [_row_id(unit, row) if row in problems else prompt_hash(chat) for row, chat in enumerate(chats)]
     ids: list[str] = []
@@ -311,7 +315,9 @@ def _prompt_array(chats: list[Chat], problems: Problems) -> pa.Array:
     offsets = [0]
     for chat in chats:
         offsets.append(offsets[-1] + len(chat))
-    messages = pa.StructArray.from_arrays([pa.array(roles, pa.string()), pa.array(contents, pa.string())], fields=list(MESSAGE))
+    messages = pa.StructArray.from_arrays(
+        [pa.array(roles, pa.string()), pa.array(contents, pa.string())], fields=list(MESSAGE)
+    )
     mask = pa.array([not chat for chat in chats])
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), messages, type=PROMPT, mask=mask)
 

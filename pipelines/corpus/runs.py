@@ -34,7 +34,12 @@ def create_run(output: Storage, record: dict[str, Any]) -> int:
 
 
 def check_fingerprint(
-    before: Mapping[str, Any], now: Mapping[str, Any], *, has_unpublished: bool, has_published: bool, accept_changes: bool
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    has_unpublished: bool,
+    has_published: bool,
+    accept_changes: bool,
 ) -> None:
     """Raise ConfigError, naming each key that differs, where the rows of two makings would come together unasked.
 
@@ -52,5 +57,6 @@ def check_fingerprint(
         )
     if not accept_changes:
         raise ConfigError(
-            f"the config has changed since the last partition: {told}. run.accept_changes=true applies it to new rows only"
+            f"the config has changed since the last partition: {told}. "
+            f"run.accept_changes=true applies it to new rows only"
         )

@@ -1,4 +1,4 @@
-"""The columns of the corpus, of unit files and of the quarantine. Field names are API: change one and you break a reader."""
+"""The columns of the corpus, of unit files and of the quarantine. Field names are API: readers depend on them."""
 
 import pyarrow as pa
 

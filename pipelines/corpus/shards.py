@@ -25,9 +25,13 @@ class InputConfig:
     path: str = option("???", "Parquet file, folder (searched below) or glob, local or by URL")
     prompt_column: str = option("prompt", "column of strings, or of chats: lists of {role, content}", changes_rows=True)
     id_column: str | None = option(None, "column that names each prompt; null: a hash of the prompt", changes_rows=True)
-    response_column: str | None = option(None, "column of answers for `policy=stored`: string or list", changes_rows=True)
+    response_column: str | None = option(
+        None, "column of answers for `policy=stored`: string or list", changes_rows=True
+    )
     keep_columns: list[str] = option([], "columns carried into the corpus unchanged", changes_rows=True)
-    on_bad_shard: Literal["fail", "skip"] = option("fail", "a shard that cannot be read: stop at once, or do the others")
+    on_bad_shard: Literal["fail", "skip"] = option(
+        "fail", "a shard that cannot be read: stop at once, or do the others"
+    )
     on_changed_shard: Literal["fail", "new"] = option("fail", "a known path with new content: stop, or align it as new")
 
     def __post_init__(self) -> None:
@@ -175,7 +179,7 @@ Result = TypeVar("Result")
 
 
 def concurrently(function: Callable[[Item], Result], items: Iterable[Item]) -> list[tuple[Item, Result]]:
-    """(item, function(item)) for each, in order, computed by a few threads: for small reads, where waiting dominates."""
+    """(item, function(item)) for each, in order, by a few threads: for small reads, where waiting dominates."""
     items = list(items)
     with ThreadPoolExecutor(_READERS) as pool:
         return list(zip(items, pool.map(function, items), strict=True))
@@ -187,8 +191,13 @@ def is_prompt_type(dtype: pa.DataType) -> bool:
         return True
     if not (pa.types.is_list(dtype) or pa.types.is_large_list(dtype)) or not pa.types.is_struct(dtype.value_type):
         return False
-    fields = {dtype.value_type.field(index).name: dtype.value_type.field(index).type for index in range(dtype.value_type.num_fields)}
-    return all(name in fields and (is_string(fields[name]) or pa.types.is_null(fields[name])) for name in ("role", "content"))
+    fields = {
+        dtype.value_type.field(index).name: dtype.value_type.field(index).type
+        for index in range(dtype.value_type.num_fields)
+    }
+    return all(
+        name in fields and (is_string(fields[name]) or pa.types.is_null(fields[name])) for name in ("role", "content")
+    )
 
 
 def is_string(dtype: pa.DataType) -> bool:

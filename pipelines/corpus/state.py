@@ -104,11 +104,15 @@ def coverage_record(covered: Coverage) -> list[dict[str, Any]]:
 
 
 def _manifest_units(manifest: Mapping[str, Any]) -> list[Unit]:
-    return [Unit(each["shard"], start, stop, each["retry"]) for each in manifest["rows"] for start, stop in each["ranges"]]
+    return [
+        Unit(each["shard"], start, stop, each["retry"]) for each in manifest["rows"] for start, stop in each["ranges"]
+    ]
 
 
 def _partitions(output: Storage) -> tuple[Partition, ...]:
-    numbers = sorted(int(name[4:]) for name in output.folders("corpus") if name.startswith("run=") and name[4:].isdigit())
+    numbers = sorted(
+        int(name[4:]) for name in output.folders("corpus") if name.startswith("run=") and name[4:].isdigit()
+    )
     return tuple(found for _, found in concurrently(lambda number: _partition(output, number), numbers) if found)
 
 
@@ -123,7 +127,7 @@ def _partition(output: Storage, number: int) -> Partition | None:
 
 
 def manifests(output: Storage) -> list[dict[str, Any]]:
-    """Every manifest that is there, in partition order: finished partitions, and one whose `_SUCCESS` is still to come."""
+    """Every manifest there is, in partition order: of finished partitions, and of one whose `_SUCCESS` is to come."""
 
     def manifest(name: str) -> dict[str, Any] | None:
         try:

@@ -105,7 +105,7 @@ class Storage:
             return self._put_if_absent(scratch, path)
 
     def put(self, path: str, data: bytes) -> None:
-        """Write an object, replacing one that is there: for heartbeats and the dataset card, where the last one wins."""
+        """Write an object, replacing one that is there: for heartbeats and the card, where the last one wins."""
         if not self.is_local:
             self.fs.pipe_file(self.path(path), data)
             return

@@ -56,10 +56,10 @@ Coverage = dict[tuple[str, int], Ranges]
 def cover(units: Iterable[Unit], published: Coverage) -> list[Unit]:
     """The units that count: sorted, without overlap among themselves or with `published`.
 
-    Two jobs that cut a shard differently at the same time may commit units that overlap. Everyone who looks at the same
-    units must then agree on which of them count: the published ones always; after them, from the first row on, each unit
-    that overlaps none before it, the longer of two with one start. Rows of a unit that does not count and that no other
-    holds are planned again, and since those new units overlap none that counts, they change no earlier choice.
+    Two jobs that cut a shard differently at the same time may commit units that overlap. Everyone who looks at the
+    same units must then agree on which of them count: the published ones always; after them, from the first row on,
+    each unit that overlaps none before it, the longer of two with one start. Rows of a unit that does not count and
+    that no other holds are planned again; those new units overlap none that counts, so they change no earlier choice.
     """
     chosen: list[Unit] = []
     at: tuple[str, int] | None = None
