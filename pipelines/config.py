@@ -29,7 +29,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 FLAGS = {
     "--config FILE": "read keys from a YAML file; it needs only those it changes",
     "--dry-run": "check the config and say what would be done, then stop",
-    "--limit N": "stop after the first N rows of the input",
+    "--limit N": "make at most N of the rows that are not done, rounded up to whole units",
     "--help": "print this text",
 }
 SCALARS = {int: "an integer", float: "a number", bool: "true or false", str: "text", Any: "any value"}

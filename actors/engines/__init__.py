@@ -1,17 +1,20 @@
-"""Engines: how tokens are made."""
+"""Engines make completions; `build_engine` is the one place that knows their names."""
 
-from actors.contract import ConfigError
 from actors.engines.base import Engine, EngineConfig
 
 
-def build_engine(config: EngineConfig, num_threads: int) -> Engine:
-    """The engine that the config names; imported only then, for torch takes seconds to import."""
+def build_engine(config: EngineConfig, num_threads: int | None) -> Engine:
+    """Build the engine that `config` names, its model loaded and ready.
+
+    Args:
+        num_threads: CPU threads of the engine; None leaves torch's default.
+
+    Raises ConfigError for a user's mistake, such as a model that is not there.
+    """
     if config.engine == "stored":
         from actors.engines.stored import StoredEngine
 
         return StoredEngine(config)
-    if config.engine == "torch":
-        from actors.engines.torch_engine import TorchEngine
+    from actors.engines.torch_engine import TorchEngine  # torch and transformers take seconds to import
 
-        return TorchEngine(config, num_threads)
-    raise ConfigError(f"engine {config.engine!r} is not built")
+    return TorchEngine(config, num_threads)

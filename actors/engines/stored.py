@@ -1,23 +1,23 @@
-"""The `stored` engine: the answer is already a column of the shard, and nothing is computed."""
+"""The `stored` engine: answers that the input shards hold already, passed through."""
 
 from actors.contract import RowError
 from actors.engines.base import Completion, EngineConfig, EngineStats, Request
 
 
 class StoredEngine:
-    """Returns each request's stored answer."""
+    """Returns what was stored; `config.model` is a provenance label and no model is loaded."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._config = config
+        self.config = config
 
     async def generate(self, request: Request) -> Completion:
-        """Raises RowError `missing_response` where nothing is stored."""
+        """Return the stored answer. Raises RowError `missing_response` where there is none, or an empty one."""
         if not request.stored:
-            raise RowError("missing_response", "the shard holds no answer to this prompt")
-        return Completion(request.stored, None, None, None)
+            raise RowError("missing_response", "the input shard holds no answer for this candidate")
+        return Completion(text=request.stored, finish_reason=None, num_prompt_tokens=None, num_tokens=None)
 
     def stats(self) -> EngineStats:
-        return EngineStats(0, 0, 0)
+        return EngineStats(num_tokens=0, num_running=0, num_waiting=0)
 
     def close(self) -> None:
-        pass
+        """Nothing is held."""

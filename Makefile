@@ -1,0 +1,38 @@
+# Each target does all its own set-up. Needed beforehand: Python 3.11 or newer with pip, and make.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: align test test-all lint bench clean
+
+align: $(READY)  ## Align the sample prompts with a small real model
+	$(RUN) pipelines/fetch_smollm2.py
+	$(RUN) pipelines/align_corpus.py --config conf/sample.yaml
+
+test: lint  ## Linters and the test suite
+	$(RUN) pipelines/fetch_smollm2.py
+	$(RUN) -m pytest -m "not long"
+
+test-all: lint  ## The long proofs too
+	$(RUN) pipelines/fetch_smollm2.py
+	$(RUN) -m pytest
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: $(READY)  ## The figures of the README
+	$(RUN) pipelines/fetch_smollm2.py
+	$(RUN) tests/benchmarks/plumbing.py
+	$(RUN) tests/benchmarks/decode_vs_generate.py
+
+$(READY): pyproject.toml conf/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c conf/constraints.txt -e ".[dev]"
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) out *.egg-info

@@ -1,0 +1,114 @@
+"""How a prompt becomes the token ids that a model reads: chat template once, one BOS, and no tokens by injection."""
+
+import re
+
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from actors.contract import ConfigError, RowError
+from actors.engines.base import Messages
+
+PAD = "\t \t"  # white space that no template writes, around a placeholder: gone when the template trims
+
+
+def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or hub id. Raises ConfigError where there is none; never runs the model's code."""
+    try:
+        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(load_failure("tokenizer", model, error)) from error
+
+
+def load_failure(what: str, model: str, error: Exception) -> str:
+    """One line for a user whose `model` cannot be loaded."""
+    reason = str(error).strip().split("\n")[0]
+    return f"no {what} at {model!r}: set `model` to a folder with safetensors and a tokenizer, or a hub id ({reason})"
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Messages | str) -> list[int]:
+    """Token ids of a prompt.
+
+    A chat goes through the tokenizer's chat template once, up to where the answer begins; special tokens are those that
+    the template writes. Raw text gets the tokenizer's own special tokens. What a message says is text: strings in it
+    that look like special tokens are read as plain characters.
+
+    Raises:
+        RowError: `invalid_roles` when the template refuses the chat; `special_token_text` when a message with
+            special-token strings cannot be kept apart from the template.
+        ConfigError: a chat, but the tokenizer has no chat template.
+    """
+    if isinstance(prompt, str):
+        ids = _ids(tokenizer, prompt, add_special_tokens=True)
+        if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text brought its own
+            del ids[0]
+        return ids
+    rendered = _render(tokenizer, [content for _, content in prompt], prompt)
+    special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if any(special_ids.intersection(_ids(tokenizer, content)) for _, content in prompt):
+        return _encode_guarded(tokenizer, prompt, rendered)
+    return _ids(tokenizer, rendered)
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """What a model that is given `ids` reads, special tokens visible."""
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False, plain: bool = False
+) -> list[int]:
+    """Tokenize; `plain` reads special-token strings as characters."""
+    encoded = tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=plain)
+    return list(encoded["input_ids"])
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, contents: list[str], prompt: Messages) -> str:
+    """The chat of `prompt`'s roles with these contents, as text."""
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"{tokenizer.name_or_path!r} has no chat template: choose a model with one, or a recipe that writes raw text"
+        )
+    chat = [{"role": role, "content": content} for (role, _), content in zip(prompt, contents, strict=True)]
+    try:
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"the chat template of {tokenizer.name_or_path!r} is broken: {error.message}") from error
+    except TemplateError as error:
+        raise RowError("invalid_roles", f"the model's chat template refuses this chat: {error.message}") from error
+
+
+def _encode_guarded(tokenizer: PreTrainedTokenizerBase, prompt: Messages, rendered: str) -> list[int]:
+    """As `encode_prompt` for a chat in whose contents special-token strings occur.
+
+    Renders the template around placeholders, so that it is known which characters are its own; special tokens are
+    honoured in those alone. Everything between two of them is tokenized in one piece, as the tokenizer itself would.
+    """
+    name = "placeholder"
+    while any(name in content for _, content in prompt):
+        name += "x"
+    held = _render(tokenizer, [f"{PAD}{name}{i}z{PAD}" for i in range(len(prompt))], prompt)
+    # Split into: template, pad kept on the left, message number, pad kept on the right, template, …
+    fields = re.split(f"({PAD})?{name}([0-9]+)z({PAD})?", held)
+    parts = [(fields[0], False)]  # text, whether it is a message's
+    for left, number, right, template in zip(fields[1::4], fields[2::4], fields[3::4], fields[4::4], strict=True):
+        content = prompt[int(number)][1]
+        content = content if left else content.lstrip()
+        parts += [(content if right else content.rstrip(), True), (template, False)]
+    faithful = "".join(text for text, _ in parts) == rendered  # no template that takes contents apart
+    if not faithful or _encode_parts(tokenizer, [(held, False)]) != _ids(tokenizer, held):
+        raise RowError("special_token_text", "a message holds special-token text that cannot be told from the template")
+    return _encode_parts(tokenizer, parts)
+
+
+def _encode_parts(tokenizer: PreTrainedTokenizerBase, parts: list[tuple[str, bool]]) -> list[int]:
+    specials = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    pattern = re.compile("|".join(re.escape(text) for text in sorted(specials, key=len, reverse=True)))
+    ids: list[int] = []
+    plain = ""
+    for text, is_content in parts:
+        end = 0
+        for match in () if is_content else pattern.finditer(text):
+            ids += [*_ids(tokenizer, plain + text[end : match.start()], plain=True), specials[match.group()]]
+            plain, end = "", match.end()
+        plain += text[end:]
+    return ids + _ids(tokenizer, plain, plain=True)

@@ -1,0 +1,204 @@
+"""The `torch` engine: a Hugging Face model in this process, decoded by `DecodeLoop` in one thread."""
+
+import asyncio
+import threading
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from actors.contract import ConfigError, RowError
+from actors.decoding.forward import ATTENTION, Forward
+from actors.decoding.loop import DecodeLoop, Row
+from actors.engines.base import Completion, EngineConfig, EngineStats, Request
+from actors.engines.prompts import encode_prompt, load_failure, load_tokenizer
+
+
+class TorchEngine:
+    """Holds the model and the thread that decodes. `generate` may be awaited from any event loop, or several.
+
+    Args:
+        num_threads: CPU threads of torch in the decoding thread; None leaves torch's default.
+
+    Raises ConfigError when the model is not there, has no safetensors, or cannot be decoded by `DecodeLoop`.
+    """
+
+    def __init__(self, config: EngineConfig, num_threads: int | None) -> None:
+        self.config = config
+        self._tokenizer = load_tokenizer(config.model, config.revision)
+        model = load_model(config)
+        self._limit = _longest(model, config.max_model_len)
+        self._loop = DecodeLoop(
+            Forward(model),
+            self._decode,
+            eos=_eos(model, self._tokenizer),
+            stop=config.stop,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            max_num_seqs=config.max_num_seqs,
+            kv_cache_tokens=config.kv_cache_tokens,
+        )
+        self._num_threads = num_threads
+        # Callers encode while the thread decodes, and a fast tokenizer must not be switched to and fro meanwhile.
+        self._tokenizer_lock = threading.Lock()
+        self._state = threading.Condition()  # guards the five below
+        self._pending: dict[Row, tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = {}
+        self._submitted: list[Row] = []
+        self._cancelled: list[Row] = []
+        self._error: BaseException | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="burnish-decode", daemon=True)
+        self._thread.start()
+
+    async def generate(self, request: Request) -> Completion:
+        """Make one candidate.
+
+        Raises:
+            RowError: `prompt_too_long`, `empty_prompt`, or the causes of `encode_prompt`.
+            ConfigError: a chat for a model without a chat template.
+            BaseException: what ended the decoding thread, now or earlier; RuntimeError after `close`.
+        """
+        with self._tokenizer_lock:
+            prompt = encode_prompt(self._tokenizer, request.prompt)
+        max_tokens = self.config.max_tokens
+        if not prompt:
+            raise RowError("empty_prompt", "the prompt has no tokens")
+        if len(prompt) + max_tokens > self._limit:
+            raise RowError(
+                "prompt_too_long",
+                f"{len(prompt)} prompt tokens + {max_tokens} max_tokens exceed the model's {self._limit}",
+            )
+        row = Row(tuple(prompt), max_tokens, request.seed)
+        caller = asyncio.get_running_loop()
+        future: asyncio.Future[None] = caller.create_future()
+        with self._state:
+            if self._error is not None:
+                raise self._error
+            self._pending[row] = (caller, future)
+            self._submitted.append(row)
+            self._state.notify()
+        try:
+            await future
+        except asyncio.CancelledError:
+            with self._state:
+                self._pending.pop(row, None)
+                self._cancelled.append(row)
+                self._state.notify()
+            raise
+        return Completion(row.text, row.finish_reason, num_prompt_tokens=len(prompt), num_tokens=len(row.tokens))
+
+    def stats(self) -> EngineStats:
+        with self._state:
+            waiting = len(self._loop.waiting) + len(self._submitted)
+        return EngineStats(num_tokens=self._loop.num_tokens, num_running=len(self._loop.active), num_waiting=waiting)
+
+    def close(self) -> None:
+        """End the thread and free the model. Requests that still wait raise RuntimeError."""
+        with self._state:
+            if self._closing:
+                return
+            self._closing = True
+            self._state.notify()
+        self._thread.join()
+        del self._loop.forward
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _decode(self, ids: list[int]) -> str:
+        with self._tokenizer_lock:
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _run(self) -> None:
+        """The thread: hand rows to the loop, step it, hand results back."""
+        try:
+            if self._num_threads is not None:
+                torch.set_num_threads(self._num_threads)  # of this thread's parallel regions
+            while self._exchange():
+                for row in self._loop.step():
+                    self._settle(row, None)
+            error: BaseException = RuntimeError("the torch engine is closed")
+        except BaseException as caught:  # noqa: BLE001 - whatever it is, those who wait must hear of it
+            error = caught
+        with self._state:
+            self._error = error
+            rows = list(self._pending)
+        for row in rows:
+            self._settle(row, error)
+
+    def _exchange(self) -> bool:
+        """Wait for something to do and take in what callers left. False when the engine closes."""
+        with self._state:
+            self._state.wait_for(lambda: self._closing or self._submitted or self._cancelled or self._loop.busy)
+            submitted, self._submitted = self._submitted, []
+            cancelled, self._cancelled = self._cancelled, []
+            closing = self._closing
+        for row in submitted:
+            self._loop.submit(row)
+        for row in cancelled:
+            self._loop.cancel(row)
+        return not closing
+
+    def _settle(self, row: Row, error: BaseException | None) -> None:
+        """Wake the caller of a row, if it still waits."""
+        with self._state:
+            entry = self._pending.pop(row, None)
+        if entry is None:
+            return
+        caller, future = entry
+        try:
+            caller.call_soon_threadsafe(_resolve, future, error)
+        except RuntimeError:  # the caller's event loop is closed: nobody waits
+            pass
+
+
+def _resolve(future: asyncio.Future[None], error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+
+
+def load_model(config: EngineConfig) -> PreTrainedModel:
+    """Load the model of `config` onto its device, from safetensors alone and without running the model's own code.
+
+    Raises ConfigError in one line.
+    """
+    cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not cuda:
+        raise ConfigError("device is cuda, but torch finds no GPU here; set device to auto or cpu")
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            revision=config.revision,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=ATTENTION,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(load_failure("causal language model", config.model, error)) from error
+    device = "cuda" if cuda and config.device != "cpu" else "cpu"
+    moved: PreTrainedModel = model.to(device).eval()
+    return moved
+
+
+def _longest(model: PreTrainedModel, max_model_len: int | None) -> int:
+    """Most tokens of prompt and answer together."""
+    config = model.config.get_text_config(decoder=True)
+    limit: int = config.max_position_embeddings
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond this length every position is rotated differently, which neither a cache nor a shared batch can follow.
+        limit = min(limit, rope["original_max_position_embeddings"])
+    return limit if max_model_len is None else min(limit, max_model_len)
+
+
+def _eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every token id that ends an answer."""
+    assert model.generation_config is not None
+    ids = model.generation_config.eos_token_id
+    eos = set(ids) if isinstance(ids, list) else {ids}
+    return {i for i in (*eos, tokenizer.eos_token_id) if i is not None}
