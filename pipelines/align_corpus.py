@@ -24,6 +24,7 @@ from pipelines.corpus.shards import Input
 from pipelines.corpus.state import State, read_state
 from pipelines.corpus.storage import Storage
 from pipelines.settings import AlignCorpusConfig, fingerprint, pin_models, run_record
+from pipelines.stream import stream
 
 DONE, USER_ERROR, NOT_CLEAN, INTERRUPTED = 0, 2, 3, 130
 
@@ -93,8 +94,6 @@ def make_and_publish(config: AlignCorpusConfig, flags: Flags, source: Input, out
     partitions: list[int] = []
     while True:
         if plan.num_units:
-            from pipelines.stream import stream  # here: a night with nothing new need not wait for Ray to be imported
-
             run = create_run(output, run_record(config, plan))
             stream(config, source, output, plan, run)
         published = publish(

@@ -49,7 +49,9 @@ class RunConfig:
 class SiteConfig:
     """Where the job runs."""
 
-    ray_address: str | None = option(None, "Ray cluster to run on, or `local`: one started here; null: RAY_ADDRESS where it is set, else local")
+    ray_address: str | None = option(
+        None, "Ray cluster to run on, or `local`: one started here; null: RAY_ADDRESS where set, else local"
+    )
     storage_options: dict[str, Any] = option(
         {}, "fsspec options for input and output, such as endpoint_url; no secrets"
     )

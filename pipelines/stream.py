@@ -8,6 +8,7 @@ import warnings
 
 import ray
 import ray.data
+from ray.data._internal.execution import backpressure_policy as backpressure
 
 from actors.aligner import AlignerStage
 from actors.board import Board
@@ -28,6 +29,23 @@ READ_CPUS = 0.25
 COMMIT_CPUS = 0.25
 READERS = 2
 COMMITTERS = 4
+
+
+class HeldBack(backpressure.DownstreamCapacityBackpressurePolicy):  # type: ignore[misc]  # Ray has no types
+    """Ray's own rule, a pool waits when the next has twice the work that it can hold, from the first byte on.
+
+    By default it sets in when half the object store is full. Prompts are small: a fast policy would have answered the
+    whole corpus by then, and a crash would lose it.
+    """
+
+    OBJECT_STORE_BUDGET_UTIL_THRESHOLD = 0.0
+
+
+BACKPRESSURE = [
+    backpressure.ConcurrencyCapBackpressurePolicy,
+    backpressure.ResourceBudgetBackpressurePolicy,
+    HeldBack,
+]
 
 
 def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan, run: int) -> None:
@@ -61,6 +79,7 @@ def pipeline(
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = max(1, int(config.run.task_mib * 2**20))  # 1 byte: every unit a block of its own
     context.enable_progress_bars = False  # ours speak of rows and tokens
+    context.set_config(backpressure.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, BACKPRESSURE)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"ray\.data")
     shared = {"board": board, "sharers": sum(pool.replicas for pool in pools(config).values() if not pool.num_gpus)}

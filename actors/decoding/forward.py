@@ -166,17 +166,17 @@ class Forward:
         self.slides = "sliding_attention" in kinds
         self.device = model.device
 
-    def __call__(self, first: int, tokens: Tensor, starts: list[int], *, logits: bool) -> Tensor | None:
+    def __call__(self, first: int, tokens: Tensor, starts: list[int], *, num_logits: int) -> Tensor | None:
         """Run tokens of the rows in slots first, first + 1, … and put their K and V into the cache.
 
         Args:
             tokens: int64 [rows, q] on the host; row i's stand at positions starts[i] to starts[i] + q - 1. Its key at
                 position j is seen from position p when j <= p (and j > p - window in a sliding layer), so positions
                 padded on the right disturb nothing and are overwritten by the row's next tokens.
-            logits: False runs the base model alone, without the output matrix.
+            num_logits: of the last so many of the q positions logits are made. With 0 the base model runs alone.
 
         Returns:
-            Logits [rows, q, vocabulary] as the model's own forward makes them, in its dtype; or None.
+            Logits [rows, num_logits, vocabulary] as the model's own forward makes them, in its dtype; None for 0.
         """
         q = tokens.shape[1]
         length = max(starts) + q
@@ -197,12 +197,15 @@ class Forward:
                 sliding = causal & (keys > positions[:, None, :, None] - self.window)
                 mask = {"full_attention": causal, "sliding_attention": sliding} if self.mixed else sliding
         self.cache.aim(first, positions, length)
-        run = self.model if logits else self.model.base_model
-        output = run(
-            input_ids=tokens.to(self.device, non_blocking=True),
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return output.logits if logits else None
+        inputs = {
+            "input_ids": tokens.to(self.device, non_blocking=True),
+            "attention_mask": mask,
+            "position_ids": positions,
+            "past_key_values": self.cache,
+            "use_cache": True,
+        }
+        if num_logits == 0:
+            self.model.base_model(**inputs)
+            return None
+        logits: Tensor = self.model(**inputs, logits_to_keep=num_logits).logits
+        return logits

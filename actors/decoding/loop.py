@@ -105,11 +105,15 @@ class DecodeLoop:
     @torch.inference_mode()
     def step(self) -> list[Row]:
         """Admit what fits, advance every active row by one token, and return the rows that ended."""
-        self._admit()
+        whole = self._admit()
         if not self.active:
             return []
-        tokens = torch.tensor([[row.tokens[-1] if row.tokens else row.prompt[-1]] for row in self.active])
-        logits = self.forward(0, tokens, [row.length - 1 for row in self.active], logits=True)
+        if whole:
+            tokens, starts = torch.tensor([self.active[0].prompt]), [0]
+        else:
+            tokens = torch.tensor([[row.tokens[-1] if row.tokens else row.prompt[-1]] for row in self.active])
+            starts = [row.length - 1 for row in self.active]
+        logits = self.forward(0, tokens, starts, num_logits=1)
         assert logits is not None
         draws = None
         if self.temperature > 0:
@@ -160,14 +164,15 @@ class DecodeLoop:
 
     # --- admission ----------------------------------------------------------------------------------------------------
 
-    def _admit(self) -> None:
+    def _admit(self) -> bool:
         """Move waiting rows into slots, first come first served, and prefill them.
 
         Waits until an eighth of the slots is free: one prefill of several rows costs decoding less than several of one.
+        Returns True where a row has no company: its whole prompt is left to this step, which saves it a forward.
         """
         free = self.max_num_seqs - len(self.active)
         if not self.waiting or (self.active and free < max(1, self.max_num_seqs // 8)):
-            return
+            return False
         group: list[Row] = []
         longest = max((row.room for row in self.active), default=0)
         while self.waiting and len(group) < free:
@@ -178,8 +183,11 @@ class DecodeLoop:
             longest = room
             group.append(self.waiting.popleft())
         if not group:
-            return
+            return False
         self._make_room(len(self.active) + len(group), longest)
+        if len(group) == 1 and not self.active:
+            self.active.extend(group)
+            return True
         slot_of = {row.prompt: slot for slot, row in enumerate(self.active)}
         firsts = {row.prompt: row for row in group if row.prompt not in slot_of}
         copies = [row for row in group if row is not firsts.get(row.prompt)]
@@ -189,6 +197,7 @@ class DecodeLoop:
         for row in copies:
             self.forward.cache.copy(slot_of[row.prompt], len(self.active), row.length - 1)
             self.active.append(row)
+        return False
 
     def _make_room(self, slots: int, capacity: int) -> None:
         """Grow the cache, in coarse steps so that it happens seldom, or trade capacity that no row needs for slots."""
@@ -206,7 +215,7 @@ class DecodeLoop:
             tokens = torch.zeros(len(rows), width, dtype=torch.long)
             for i, row in enumerate(rows):
                 tokens[i, : len(row.prompt) - 1] = torch.tensor(row.prompt[:-1])
-            self.forward(len(self.active), tokens, [0] * len(rows), logits=False)
+            self.forward(len(self.active), tokens, [0] * len(rows), num_logits=0)
         self.active.extend(rows)
 
 

@@ -73,7 +73,7 @@ def _nucleus(scores: Tensor, log_mass: Tensor, top_p: float) -> Tensor:
 
 
 def _invert(probs: Tensor, u: Tensor) -> Tensor:
-    """The column, int64 [rows, 1], where the cumulated probs (float64 [rows, n], any total) pass u (float64 [rows, 1])."""
+    """The column, int64 [rows, 1], where the cumulated probs (float64 [rows, n], any total) pass u ([rows, 1])."""
     cdf = probs.cumsum(-1)
     return torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
 

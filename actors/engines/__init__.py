@@ -1,20 +1,25 @@
-"""Engines make completions; `build_engine` is the one place that knows their names."""
+"""Engines make completions; this is the one place that knows their names."""
 
 from actors.engines.base import Engine, EngineConfig
+from actors.engines.hosted import HostedEngine
+from actors.engines.stored import StoredEngine
 
 
-def build_engine(config: EngineConfig, num_threads: int | None) -> Engine:
-    """Build the engine that `config` names, its model loaded and ready.
+def build_engine(config: EngineConfig, num_threads: int) -> Engine:
+    """The engine that `config` names, ready to answer: in a process of its own, unless there is nothing in it to die.
 
     Args:
-        num_threads: CPU threads of the engine; None leaves torch's default.
+        num_threads: CPU threads of the engine.
 
     Raises ConfigError for a user's mistake, such as a model that is not there.
     """
     if config.engine == "stored":
-        from actors.engines.stored import StoredEngine
-
         return StoredEngine(config)
+    return HostedEngine(_build_here, config, num_threads)
+
+
+def _build_here(config: EngineConfig, num_threads: int) -> Engine:
+    """The engine itself, in this process."""
     from actors.engines.torch_engine import TorchEngine  # torch and transformers take seconds to import
 
     return TorchEngine(config, num_threads)

@@ -66,7 +66,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, contents: list[str], prompt: Mes
     """The chat of `prompt`'s roles with these contents, as text."""
     if tokenizer.chat_template is None:
         raise ConfigError(
-            f"{tokenizer.name_or_path!r} has no chat template: choose a model with one, or a recipe that writes raw text"
+            f"{tokenizer.name_or_path!r} has no chat template: choose a model with one or a recipe that writes raw text"
         )
     chat = [{"role": role, "content": content} for (role, _), content in zip(prompt, contents, strict=True)]
     try:

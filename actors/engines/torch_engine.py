@@ -1,6 +1,7 @@
 """The `torch` engine: a Hugging Face model in this process, decoded by `DecodeLoop` in one thread."""
 
 import asyncio
+import contextlib
 import threading
 from typing import Any
 
@@ -118,7 +119,7 @@ class TorchEngine:
                 for row in self._loop.step():
                     self._settle(row, None)
             error: BaseException = RuntimeError("the torch engine is closed")
-        except BaseException as caught:  # noqa: BLE001 - whatever it is, those who wait must hear of it
+        except BaseException as caught:  # whatever it is, those who wait must hear of it
             error = caught
         with self._state:
             self._error = error
@@ -146,10 +147,8 @@ class TorchEngine:
         if entry is None:
             return
         caller, future = entry
-        try:
+        with contextlib.suppress(RuntimeError):  # the caller's event loop is closed: nobody waits
             caller.call_soon_threadsafe(_resolve, future, error)
-        except RuntimeError:  # the caller's event loop is closed: nobody waits
-            pass
 
 
 def _resolve(future: asyncio.Future[None], error: BaseException | None) -> None:

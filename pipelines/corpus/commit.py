@@ -127,8 +127,17 @@ def write_unit(output: Storage, unit: Unit, table: pa.Table, facts: dict[str, An
 
 def row_as_json(row: pa.Table) -> str:
     """One row as JSON text. Bytes that are not UTF-8 become {"base64": …}; times and the like become strings."""
-    values = {name: row[name].cast(bytes_type(row[name].type))[0].as_py() for name in row.column_names}
+    values: dict[str, Any] = {}
+    for number, (name, column) in enumerate(zip(row.column_names, row.columns, strict=True)):
+        values[name if name not in values else f"{name}#{number}"] = _value(column.cast(bytes_type(column.type)))
     return json.dumps(_plain(values), ensure_ascii=False, default=str)
+
+
+def _value(column: pa.ChunkedArray) -> Any:
+    try:
+        return column[0].as_py()
+    except (OverflowError, ValueError):  # a time that Python cannot hold
+        return column.combine_chunks().to_string(skip_new_lines=True)
 
 
 def _plain(value: Any) -> Any:
@@ -139,7 +148,7 @@ def _plain(value: Any) -> Any:
             return {"base64": base64.b64encode(value).decode()}
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
 

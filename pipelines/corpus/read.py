@@ -121,8 +121,8 @@ def read_rows(source: Input, span: Span) -> Iterator[tuple[Unit, "pa.Table | Unr
 
 def _rows(source: Input, columns: list[str] | None, span: Span) -> Iterator[tuple[Unit, "pa.Table | Unreadable"]]:
     """(unit, its rows as stored), or (unit, Unreadable) from the first unit on that the file's damage touches."""
-    file = Watched(source.open(span.shard.listed.path))
-    parquet = pq.ParquetFile(pa.PythonFile(file, mode="r"))
+    file = Watched(source.open(span.shard.listed))
+    parquet = pq.ParquetFile(pa.PythonFile(file, mode="r"), page_checksum_verification=True)
     waiting = list(span.units)
     largest = max(unit.num_rows for unit in waiting)
     position, held = span.first_row, pa.table({})
@@ -165,6 +165,8 @@ def _checked(config: InputConfig, span: Span, unit: Unit, rows: pa.Table) -> pa.
         columns["stored"] = pa.array(stored, pa.list_(pa.string()))
     for name in config.keep_columns:
         columns[name] = rows[name]
+        for row in _undecodable(rows[name]):
+            problems.setdefault(row, ("invalid_utf8", f"{name} is not UTF-8"))
     columns["source"] = _source(span, unit)
     columns["problem"] = _problem_array(num_rows, problems)
     return pa.table(columns)
@@ -194,6 +196,9 @@ Chat = list[tuple[str, str]]
 def _chats(column: pa.ChunkedArray) -> tuple[list[Chat], Problems]:
     """Each row's chat, checked; [] where there is a problem."""
     problems: Problems = {}
+    dtype = column.type
+    if pa.types.is_list(dtype) or pa.types.is_large_list(dtype):  # other fields of a message may hold anything
+        column = column.cast(pa.large_list(pa.struct([("role", pa.large_binary()), ("content", pa.large_binary())])))
     values = _bytes(column).to_pylist()
     chats: list[Chat] = []
     for row, value in enumerate(values):
@@ -296,16 +301,38 @@ def _bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(bytes_type(column.type))
 
 
+def _undecodable(column: pa.ChunkedArray) -> list[int]:
+    """Rows that hold, at any depth, a string that is not UTF-8: readers of the corpus would stumble over them."""
+    values, text = _bytes(column), _retyped(column.type, pa.large_string())
+
+    def decodes(values: pa.ChunkedArray) -> bool:
+        try:
+            values.cast(text)
+        except pa.ArrowInvalid:
+            return False
+        return True
+
+    return [] if decodes(values) else [row for row in range(len(values)) if not decodes(values.take([row]))]
+
+
 def bytes_type(dtype: pa.DataType) -> pa.DataType:
     """`dtype` with every string type in it, at any depth, replaced by binary."""
+    return _retyped(dtype, pa.large_binary())
+
+
+def _retyped(dtype: pa.DataType, string: pa.DataType) -> pa.DataType:
     if is_string(dtype):
-        return pa.large_binary()
+        return string
     if pa.types.is_list(dtype):
-        return pa.list_(bytes_type(dtype.value_type))
+        return pa.list_(_retyped(dtype.value_type, string))
     if pa.types.is_large_list(dtype):
-        return pa.large_list(bytes_type(dtype.value_type))
+        return pa.large_list(_retyped(dtype.value_type, string))
+    if pa.types.is_fixed_size_list(dtype):
+        return pa.list_(_retyped(dtype.value_type, string), dtype.list_size)
+    if pa.types.is_map(dtype):
+        return pa.map_(_retyped(dtype.key_type, string), _retyped(dtype.item_type, string))
     if pa.types.is_struct(dtype):
-        return pa.struct([field.with_type(bytes_type(field.type)) for field in dtype])
+        return pa.struct([field.with_type(_retyped(field.type, string)) for field in dtype])
     return dtype
 
 

@@ -35,9 +35,9 @@ class InputConfig:
     on_changed_shard: Literal["fail", "new"] = option("fail", "a known path with new content: stop, or align it as new")
 
     def __post_init__(self) -> None:
-        taken = sorted(set(self.keep_columns) & set(schema.UNIT.names))
+        taken = sorted(set(self.keep_columns) & {*schema.UNIT.names, *schema.RESERVED})
         if taken:
-            raise ConfigError(f"keep_columns may not name {', '.join(taken)}: the corpus has columns of that name")
+            raise ConfigError(f"keep_columns may not name {', '.join(taken)}: that name has a meaning of its own here")
         if len(set(self.keep_columns)) < len(self.keep_columns):
             raise ConfigError("keep_columns names a column twice")
 
@@ -100,15 +100,15 @@ class Input:
         except (ValueError, ImportError) as error:
             raise ConfigError(f"input.path {url!r} cannot be opened: {error}") from error
         self._pattern = path.rstrip("/") if len(path) > 1 else path
-        self.root = _literal_folder(self._pattern)
+        self._is_folder = not _is_glob(self._pattern) and self.fs.isdir(self._pattern)
+        self.root = self._pattern if self._is_folder else _literal_folder(self._pattern)
 
     def listing(self) -> list[Listed]:
         """Every Parquet shard, in path order. Raises ConfigError where there is none."""
         self.fs.invalidate_cache()
-        if "*" in self._pattern or "?" in self._pattern or "[" in self._pattern:
+        if _is_glob(self._pattern):
             found = self.fs.glob(self._pattern, detail=True)
-        elif self.fs.isdir(self._pattern):
-            self.root = self._pattern
+        elif self._is_folder:
             found = self.fs.find(self._pattern, detail=True)
             found = {path: info for path, info in found.items() if path.endswith((".parquet", ".pq"))}
         elif self.fs.exists(self._pattern):
@@ -124,9 +124,18 @@ class Input:
             raise ConfigError(f"input.path {self.url!r} holds no Parquet file")
         return sorted(shards, key=lambda shard: shard.path)
 
-    def open(self, path: str) -> Any:
-        """The shard's bytes as a seekable binary file, unbuffered: Parquet reads whole column chunks."""
-        return self.fs.open(f"{self.root}/{path}", "rb", cache_type="none")
+    def open(self, shard: Listed) -> Any:
+        """The shard's bytes as a seekable binary file, unbuffered: Parquet reads whole column chunks.
+
+        Raises ConfigError where the path holds another version by now.
+        """
+        path = f"{self.root}/{shard.path}"
+        file = self.fs.open(path, "rb", cache_type="none")
+        info = self.fs.info(path)
+        if (int(info["size"]), _tag(info)) != (shard.size, shard.tag):
+            file.close()
+            raise ConfigError(f"shard {shard.path} has changed since it was planned; run again when it is in place")
+        return file
 
     def footers(
         self, listed: Iterable[Listed], config: InputConfig, kept_types: Mapping[str, str]
@@ -137,7 +146,7 @@ class Input:
         """
         read = concurrently(self._footer, listed)
         shards, bad = [], []
-        types = dict(kept_types)
+        types = {name: kept_types[name] for name in config.keep_columns if name in kept_types}
         for found, result in read:
             if isinstance(result, str):
                 bad.append(BadShard(found.path, result))
@@ -231,12 +240,16 @@ def _refusal(columns: pa.Schema, config: InputConfig, kept_types: Mapping[str, s
     return None
 
 
+def _is_glob(path: str) -> bool:
+    return any(wild in path for wild in "*?[")
+
+
 def _literal_folder(pattern: str) -> str:
     """The longest folder of a path or glob that holds no wildcard."""
     parts = pattern.split("/")
     literal = []
     for part in parts[:-1]:
-        if any(wild in part for wild in "*?["):
+        if _is_glob(part):
             break
         literal.append(part)
     return "/".join(literal)

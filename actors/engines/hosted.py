@@ -1,0 +1,118 @@
+"""An engine that outlives its own deaths: rebuilt in a new process, with the request that kills it found and failed."""
+
+import asyncio
+from collections import Counter, deque
+from dataclasses import fields
+
+from actors.contract import RowError
+from actors.engines.base import Completion, EngineConfig, EngineStats, Request
+from actors.engines.process import Build, EngineDied, EngineProcess
+
+MAX_ATTEMPTS = 3
+"""Times that one request may kill an engine in which it runs alone."""
+MAX_STARTS = 3
+"""Times that an engine may die while it starts before that is the job's end."""
+
+
+class HostedEngine:
+    """An `Engine` whose process may die. Not for use from several event loops.
+
+    When the process dies, every request in it is a suspect. A new process runs the suspects again, the others wait. If
+    it dies too, the suspects that were in it are halved, each half runs without the other, and so on: bystanders come
+    out well on the way, and a request that kills the engine `MAX_ATTEMPTS` times while it runs alone fails with
+    RowError `engine_crash`.
+    """
+
+    def __init__(self, build: Build, config: EngineConfig, num_threads: int) -> None:
+        plain = EngineConfig(**{field.name: getattr(config, field.name) for field in fields(EngineConfig)})
+        self._arguments = (build, plain, num_threads)  # of its base class, so that the child imports no pool and no Ray
+        self._process = EngineProcess(*self._arguments)
+        self._tokens_before = 0  # made by processes that have died
+        self._suspects: list[tuple[Request, asyncio.Future[Completion]]] = []
+        self._inquiry: asyncio.Task[None] | None = None
+
+    async def generate(self, request: Request) -> Completion:
+        """Raises RowError, `engine_crash` among others; EngineDied when not even a new process starts."""
+        if self._inquiry is not None:
+            await asyncio.wait([self._inquiry])
+        try:
+            return await self._process.generate(request)
+        except EngineDied:
+            cleared: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+            self._suspects.append((request, cleared))
+            if self._inquiry is None:
+                self._inquiry = asyncio.create_task(self._inquire())
+            return await cleared
+
+    def stats(self) -> EngineStats:
+        now = self._process.stats()
+        return EngineStats(self._tokens_before + now.num_tokens, now.num_running, now.num_waiting + len(self._suspects))
+
+    def close(self) -> None:
+        self._process.close()
+
+    @property
+    def pid(self) -> int:
+        """Of the process that the engine is in now."""
+        return self._process.pid
+
+    async def _inquire(self) -> None:
+        """Run every suspect to its end, the guilty ones to theirs."""
+        groups: deque[list[tuple[Request, asyncio.Future[Completion]]]] = deque()
+        deaths: Counter[int] = Counter()
+        try:
+            await self._rebuild()
+            while self._suspects or groups:
+                if self._suspects:
+                    groups.append(self._suspects)
+                    self._suspects = []
+                group = groups.popleft()
+                results = await asyncio.gather(*map(self._try, group))
+                dead = [suspect for suspect, died in zip(group, results, strict=True) if died]
+                if not dead:
+                    continue
+                await self._rebuild()
+                if len(group) > 1:
+                    groups.extend(half for half in (dead[: len(dead) // 2], dead[len(dead) // 2 :]) if half)
+                    continue
+                ((request, cleared),) = group
+                deaths[id(request)] += 1
+                if deaths[id(request)] < MAX_ATTEMPTS:
+                    groups.append(group)
+                elif not cleared.done():
+                    message = f"the engine died {MAX_ATTEMPTS} times while it ran this request alone"
+                    cleared.set_exception(RowError("engine_crash", message))
+        except BaseException as error:
+            for _, cleared in [*self._suspects, *(suspect for group in groups for suspect in group)]:
+                if not cleared.done():
+                    cleared.set_exception(error)
+            self._suspects = []
+            raise
+        finally:
+            self._inquiry = None
+
+    async def _try(self, suspect: tuple[Request, asyncio.Future[Completion]]) -> bool:
+        """Run one suspect; True if the engine died with it."""
+        request, cleared = suspect
+        try:
+            completion = await self._process.generate(request)
+        except EngineDied:
+            return True
+        except RowError as error:
+            if not cleared.done():
+                cleared.set_exception(error)
+        else:
+            if not cleared.done():
+                cleared.set_result(completion)
+        return False
+
+    async def _rebuild(self) -> None:
+        """A new process for the dead one. Raises EngineDied when MAX_STARTS in a row die while they start."""
+        self._tokens_before += self._process.stats().num_tokens
+        for start in range(MAX_STARTS):
+            try:
+                self._process = await asyncio.to_thread(EngineProcess, *self._arguments)
+                return
+            except EngineDied:
+                if start == MAX_STARTS - 1:
+                    raise

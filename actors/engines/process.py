@@ -1,0 +1,218 @@
+"""An engine in a process of its own: what kills the engine (a CUDA error, the OOM killer) does not kill the actor."""
+
+import asyncio
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+from actors.contract import ConfigError, RowError
+from actors.engines.base import Completion, Engine, EngineConfig, EngineStats, Request
+
+STATS_EVERY_S = 0.5
+EXIT_WAIT_S = 10.0
+
+Build = Callable[[EngineConfig, int], Engine]
+
+
+class EngineDied(Exception):
+    """The engine's process is gone, and this request was running or waiting in it."""
+
+
+class EngineProcess:
+    """The same engine, one process away. Built when the child says that it is ready.
+
+    Args:
+        build: makes the engine in the child; a module's function, so that it can be pickled.
+
+    Raises:
+        ConfigError: the engine says that the config is wrong.
+        EngineDied: it died while it was being built.
+    """
+
+    def __init__(self, build: Build, config: EngineConfig, num_threads: int) -> None:
+        ours, theirs = Pipe()
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        self._child = subprocess.Popen(
+            [sys.executable, "-c", f"from actors.engines.process import serve; serve({theirs.fileno()})"],
+            pass_fds=[theirs.fileno()],
+            env=environment,
+        )
+        theirs.close()  # so that the end of the child is the end of the pipe
+        self._pipe = ours
+        self._write = threading.Lock()
+        self._state = threading.Lock()  # guards the three below
+        self._pending: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Future[Completion]]] = {}
+        self._next = 0
+        self._dead = False
+        self._stats = EngineStats(0, 0, 0)
+        self._send(("build", build, config, num_threads))
+        try:
+            kind, value = self._pipe.recv()
+        except (EOFError, OSError):
+            raise EngineDied(f"the engine's process ended with {self._child.wait()} while it was starting") from None
+        if kind == "failed":
+            self._child.wait()
+            raise value
+        threading.Thread(target=self._read, name="engine-process-reader", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    async def generate(self, request: Request) -> Completion:
+        """Raises RowError, whatever else the engine raised, or EngineDied."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Completion] = loop.create_future()
+        with self._state:
+            if self._dead:
+                raise EngineDied(self._obituary())
+            number = self._next
+            self._next += 1
+            self._pending[number] = (loop, future)
+        self._send(("generate", number, request))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            with self._state:
+                self._pending.pop(number, None)
+            self._send(("cancel", number))
+            raise
+
+    def stats(self) -> EngineStats:
+        """As the child last told, at most half a second ago."""
+        return self._stats
+
+    def close(self) -> None:
+        """End the child, by force if it does not end by itself within EXIT_WAIT_S seconds."""
+        self._send(("close",))
+        try:
+            self._child.wait(EXIT_WAIT_S)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+
+    def _send(self, message: tuple[Any, ...]) -> None:
+        data = pickle.dumps(message)
+        try:
+            with self._write:
+                self._pipe.send_bytes(data)
+        except OSError:
+            return  # the child is dead; the reader finds that out too, and tells everyone who waits
+
+    def _read(self) -> None:
+        while True:
+            try:
+                kind, *values = self._pipe.recv()
+            except (EOFError, OSError):
+                break
+            if kind == "stats":
+                self._stats = values[0]
+                continue
+            number, result = values
+            with self._state:
+                entry = self._pending.pop(number, None)
+            if entry:
+                _settle(*entry, result)
+        self._child.wait()
+        with self._state:
+            self._dead = True
+            pending, self._pending = self._pending, {}
+        for entry in pending.values():
+            _settle(*entry, EngineDied(self._obituary()))
+
+    def _obituary(self) -> str:
+        code = self._child.wait()
+        return (
+            f"the engine's process was killed by signal {-code}"
+            if code < 0
+            else f"the engine's process ended with {code}"
+        )
+
+
+def _settle(
+    loop: asyncio.AbstractEventLoop, future: "asyncio.Future[Completion]", result: Completion | BaseException
+) -> None:
+    def settle() -> None:
+        if future.done():
+            return
+        if isinstance(result, BaseException):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+
+    with contextlib.suppress(RuntimeError):  # the caller's event loop is closed: nobody waits
+        loop.call_soon_threadsafe(settle)
+
+
+# --- the child ------------------------------------------------------------------------------------------------------
+
+
+def serve(descriptor: int) -> None:
+    """The child's life: build, then answer until the pipe ends."""
+    pipe = Connection(descriptor)
+    _, build, config, num_threads = pipe.recv()
+    try:
+        engine: Engine = build(config, num_threads)
+    except ConfigError as error:
+        pipe.send(("failed", error))
+        return
+    pipe.send(("ready", os.getpid()))
+    asyncio.run(_answer(pipe, engine))
+    engine.close()
+
+
+async def _answer(pipe: Connection, engine: Engine) -> None:
+    loop = asyncio.get_running_loop()
+    tasks: dict[int, asyncio.Task[None]] = {}
+    closing = loop.create_future()
+    failed: list[BaseException] = []
+
+    async def generate(number: int, request: Request) -> None:
+        try:
+            result: Completion | BaseException = await engine.generate(request)
+        except RowError as error:
+            result = error
+        except Exception as error:  # the engine's own fault: it must not answer anyone again
+            failed.append(error)
+            if not closing.done():
+                closing.set_result(None)
+            return
+        finally:
+            tasks.pop(number, None)
+        if not tasks:
+            pipe.send(("stats", engine.stats()))  # the owner may look at them as soon as it has its last answer
+        pipe.send(("done", number, result))
+
+    def take(message: tuple[Any, ...]) -> None:
+        kind, *values = message
+        if kind == "generate":
+            tasks[values[0]] = loop.create_task(generate(*values))
+        elif kind == "cancel" and values[0] in tasks:
+            tasks[values[0]].cancel()
+        elif kind == "close" and not closing.done():
+            closing.set_result(None)
+
+    def read() -> None:
+        while True:
+            try:
+                message = pipe.recv()
+            except (EOFError, OSError):
+                os._exit(0)  # the actor is gone: nothing that is still being made has a reader
+            loop.call_soon_threadsafe(take, message)
+
+    threading.Thread(target=read, name="pipe-reader", daemon=True).start()
+    last = None
+    while not closing.done():
+        stats = engine.stats()
+        if stats != last:
+            pipe.send(("stats", stats))
+            last = stats
+        await asyncio.wait([closing], timeout=STATS_EVERY_S)
+    if failed:
+        raise failed[0]  # ends the process with a full trace; the parent sees the pipe end

@@ -1,0 +1,165 @@
+"""An engine in a process of its own: the same answers, and deaths that only the guilty request does not survive."""
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from actors.contract import ConfigError, RowError
+from actors.engines.base import Completion, EngineConfig, EngineStats, Request
+from actors.engines.hosted import MAX_ATTEMPTS, MAX_STARTS, HostedEngine
+from actors.engines.process import EngineDied, EngineProcess
+
+
+class Scripted:
+    """Answers with the prompt; `poison` in it kills the process, and every start is noted in a file."""
+
+    def __init__(self, config: EngineConfig, num_threads: int) -> None:
+        if config.model == "wrong":
+            raise ConfigError("the model is wrong")
+        self.starts = Path(config.model)
+        with self.starts.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        if self.starts.with_suffix(".broken").exists():
+            os._exit(7)
+
+    async def generate(self, request: Request) -> Completion:
+        assert isinstance(request.prompt, str)
+        await asyncio.sleep(0.01 if "poison" in request.prompt else 0.05)
+        if "poison" in request.prompt:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "bad" in request.prompt:
+            raise RowError("prompt_too_long", "too long")
+        if "hang" in request.prompt:
+            await asyncio.sleep(3600)
+        if "bug" in request.prompt:
+            raise ZeroDivisionError("a bug of the engine")
+        return Completion(request.prompt.upper(), "stop", 1, 1)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(1, 2, 3)
+
+    def close(self) -> None:
+        self.starts.with_suffix(".closed").touch()
+
+
+@pytest.fixture
+def starts(tmp_path: Path) -> Path:
+    return tmp_path / "starts"
+
+
+def config_of(starts: Path) -> EngineConfig:
+    return EngineConfig(model=str(starts))
+
+
+def num_starts(starts: Path) -> int:
+    return len(starts.read_text().split())
+
+
+async def ask(engine: HostedEngine, prompts: list[str]) -> list[str]:
+    async def one(prompt: str) -> str:
+        try:
+            return (await engine.generate(Request(prompt, 0))).text
+        except RowError as error:
+            return error.cause
+
+    return list(await asyncio.gather(*map(one, prompts)))
+
+
+def test_answers_row_errors_and_stats_pass_through(starts: Path) -> None:
+    engine = HostedEngine(Scripted, config_of(starts), 1)
+    assert asyncio.run(ask(engine, ["a", "bad", "b"])) == ["A", "prompt_too_long", "B"]
+    assert engine.stats() == EngineStats(1, 2, 3)
+    engine.close()
+    assert starts.with_suffix(".closed").exists()
+    assert not psutil.pid_exists(engine.pid)
+
+
+def test_a_poison_request_fails_alone_and_its_neighbours_are_answered(starts: Path) -> None:
+    engine = HostedEngine(Scripted, config_of(starts), 1)
+    prompts = [f"p{number}" for number in range(31)]
+    prompts.insert(17, "poison")
+    answers = asyncio.run(ask(engine, prompts))
+    engine.close()
+    assert answers.pop(17) == "engine_crash"
+    assert answers == [f"P{number}" for number in range(31)]
+    halvings = 6  # 32 requests, all together first
+    assert num_starts(starts) <= 1 + 1 + halvings + MAX_ATTEMPTS
+
+
+def test_two_poison_requests_are_both_found(starts: Path) -> None:
+    engine = HostedEngine(Scripted, config_of(starts), 1)
+    answers = asyncio.run(ask(engine, ["poison 1", "a", "b", "poison 2", "c"]))
+    engine.close()
+    assert answers == ["engine_crash", "A", "B", "engine_crash", "C"]
+
+
+def test_a_death_from_outside_costs_no_request(starts: Path) -> None:
+    engine = HostedEngine(Scripted, config_of(starts), 1)
+
+    async def killed() -> list[str]:
+        asking = asyncio.create_task(ask(engine, ["a", "b", "c"]))
+        await asyncio.sleep(0.02)
+        os.kill(engine.pid, signal.SIGKILL)
+        return [*(await asking), *(await ask(engine, ["d"]))]
+
+    assert asyncio.run(killed()) == ["A", "B", "C", "D"]
+    engine.close()
+    assert num_starts(starts) == 2
+
+
+def test_requests_that_come_during_an_inquiry_wait_and_are_answered(starts: Path) -> None:
+    engine = HostedEngine(Scripted, config_of(starts), 1)
+
+    async def later() -> list[str]:
+        asking = asyncio.create_task(ask(engine, ["poison", "a"]))
+        await asyncio.sleep(0.3)
+        return [*(await ask(engine, ["late"])), *(await asking)]
+
+    assert asyncio.run(later()) == ["LATE", "engine_crash", "A"]
+    engine.close()
+
+
+def test_an_engine_that_cannot_start_again_ends_every_request_with_an_error(starts: Path) -> None:
+    engine = HostedEngine(Scripted, config_of(starts), 1)
+    starts.with_suffix(".broken").touch()
+
+    async def broken() -> list[BaseException | Completion]:
+        requests = [engine.generate(Request(prompt, 0)) for prompt in ("poison", "a")]
+        return await asyncio.gather(*requests, return_exceptions=True)
+
+    assert [type(answer) for answer in asyncio.run(broken())] == [EngineDied, EngineDied]
+    assert num_starts(starts) == 1 + MAX_STARTS
+
+
+def test_an_engines_own_exception_is_a_death_not_a_row_error(starts: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    process = EngineProcess(Scripted, config_of(starts), 1)
+    with pytest.raises(EngineDied, match="ended with 1"):
+        asyncio.run(process.generate(Request("bug", 0)))
+    assert "ZeroDivisionError: a bug of the engine" in capfd.readouterr().err
+
+
+def test_a_wrong_config_is_told_as_such(starts: Path) -> None:
+    with pytest.raises(ConfigError, match="the model is wrong"):
+        HostedEngine(Scripted, EngineConfig(model="wrong"), 1)
+
+
+def test_the_process_ends_with_its_owner(starts: Path) -> None:
+    process = EngineProcess(Scripted, config_of(starts), 1)
+    process._pipe.close()  # what the end of the owner does
+    deadline = time.monotonic() + 5
+    while process._child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process._child.poll() == 0
+
+
+def test_a_hanging_engine_is_closed_by_force(starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.engines.process.EXIT_WAIT_S", 0.2)
+    process = EngineProcess(Scripted, config_of(starts), 1)
+    os.kill(process.pid, signal.SIGSTOP)
+    process.close()
+    assert not psutil.pid_exists(process.pid)
