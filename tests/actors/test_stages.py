@@ -1,0 +1,214 @@
+"""The policy and aligner stages on packed units, with a scripted engine: candidates, failures, provenance."""
+
+import asyncio
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from actors.aligner import AlignerConfig, AlignerStage
+from actors.contract import PROBLEM, PROMPT, RowError, candidate_seed, pack, unpack
+from actors.engines.base import Completion, EngineConfig, EngineStats, Request
+from actors.policy import PolicyConfig, PolicyStage, split_reasoning
+from actors.pool import ModelStage
+
+PROBLEM_ROW = {"stage": "read", "cause": "null_prompt", "error_class": "InputError", "message": "m", "attempts": 1}
+
+
+class Scripted:
+    """Repeats the last message and its seed; a prompt that says `fail` is an error of that request."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+
+    async def generate(self, request: Request) -> Completion:
+        self.requests.append(request)
+        text = request.prompt if isinstance(request.prompt, str) else request.prompt[-1][1]
+        if "fail" in text and not ("once" in text and request.seed % 2):
+            raise RowError("prompt_too_long", "9 prompt tokens")
+        if "blank" in text:
+            return Completion("  \n", "stop", 1, 1)
+        return Completion(f" {text} [{request.seed}] ", "stop", 5, 3)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(0, 0, 0)
+
+    def close(self) -> None: ...
+
+
+class Reports:
+    def __init__(self, *arguments: Any) -> None: ...
+
+    def report(self) -> Any:
+        return asyncio.sleep(0)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Scripted:
+    scripted = Scripted()
+
+    def build(config: EngineConfig, num_threads: int) -> Any:
+        from actors.engines import StoredEngine
+
+        return StoredEngine(config) if config.engine == "stored" else scripted
+
+    monkeypatch.setattr("actors.pool.build_engine", build)
+    monkeypatch.setattr("actors.pool.Reporter", Reports)
+    return scripted
+
+
+def policy(**keys: Any) -> PolicyStage:
+    first = keys.pop("first_candidate", 0)
+    return PolicyStage(
+        PolicyConfig(model="m", **keys), run_seed=7, first_candidate=first, name="policy", board=None, sharers=1
+    )
+
+
+def aligner(**keys: Any) -> AlignerStage:
+    return AlignerStage(AlignerConfig(model="a", **keys), run_seed=7, name="aligner", board=None, sharers=1)
+
+
+def unit_of(prompts: list[str | None], **columns: Any) -> pa.Table:
+    chats = [None if prompt is None else [{"role": "user", "content": prompt}] for prompt in prompts]
+    return pack(
+        pa.table(
+            {
+                "prompt_id": [f"id-{prompt}" for prompt in prompts],
+                "prompt": pa.array(chats, PROMPT),
+                "problem": pa.array([PROBLEM_ROW if prompt is None else None for prompt in prompts], PROBLEM),
+                **columns,
+            }
+        ),
+        unit="u",
+    )
+
+
+def run(packed: pa.Table, *stages: ModelStage) -> list[dict[str, Any]]:
+    async def through() -> pa.Table:
+        unit = packed
+        for stage in stages:
+            (unit,) = [made async for made in stage(unit)]
+        return unit
+
+    rows: list[dict[str, Any]] = unpack(asyncio.run(through())).to_pylist()
+    return rows
+
+
+def test_every_candidate_is_kept_with_its_own_seed_and_each_is_aligned(engine: Scripted) -> None:
+    (row,) = run(unit_of(["hello"]), policy(num_candidates=3), aligner())
+    seeds = [candidate_seed(7, "id-hello", number, "policy") for number in range(3)]
+    assert [response["seed"] for response in row["responses"]] == seeds
+    assert [response["text"] for response in row["responses"]] == [f"hello [{seed}]" for seed in seeds]
+    assert [(each["finish_reason"], each["num_prompt_tokens"], each["num_tokens"]) for each in row["responses"]] == [
+        ("stop", 5, 3)
+    ] * 3
+    assert len(row["aligned"]) == 3
+    assert all(each["changed"] and each["status"] == "ok" and each["model"] == "a" for each in row["aligned"])
+    assert row["problem"] is None
+
+
+def test_a_failed_candidate_stays_beside_its_siblings_and_the_row_goes_on(engine: Scripted) -> None:
+    (row,) = run(unit_of(["fail once"]), policy(num_candidates=6), aligner(engine="stored"))
+    statuses = [response["status"] for response in row["responses"]]
+    assert {"ok", "failed"} == set(statuses)
+    assert [each["status"] for each in row["aligned"]] == statuses
+    failed = [response for response in row["responses"] if response["status"] == "failed"]
+    assert failed[0]["error"] == "prompt_too_long: 9 prompt tokens"
+    assert row["problem"] is None
+
+
+def test_a_row_none_of_whose_candidates_survives_has_the_first_ones_cause(engine: Scripted) -> None:
+    rows = run(unit_of(["fail", "hello", None]), policy(num_candidates=2), aligner())
+    assert rows[0]["problem"] == {
+        "stage": "policy",
+        "cause": "prompt_too_long",
+        "error_class": "RowError",
+        "message": "9 prompt tokens",
+        "attempts": 1,
+    }
+    assert rows[1]["problem"] is None
+    assert rows[2]["problem"] == PROBLEM_ROW
+    assert rows[2]["responses"] == rows[2]["aligned"] == []
+
+
+def test_a_problem_row_costs_no_request(engine: Scripted) -> None:
+    run(unit_of([None, None]), policy(), aligner())
+    assert engine.requests == []
+
+
+def test_an_answer_that_fails_at_the_aligner_is_the_aligners_problem(engine: Scripted) -> None:
+    stored = pa.array([["please fail"]], pa.list_(pa.string()))
+    (row,) = run(unit_of(["hello"], stored=stored), policy(engine="stored"), aligner())
+    assert row["responses"][0]["status"] == "ok"
+    assert row["problem"]["stage"] == "aligner"
+
+
+def test_an_answer_without_text_is_a_failure(engine: Scripted) -> None:
+    (row,) = run(unit_of(["blank"]), policy(), aligner())
+    assert row["problem"]["cause"] == "empty_answer"
+
+
+def test_stored_answers_are_candidates_and_missing_ones_are_problems(engine: Scripted) -> None:
+    stored = pa.array([["one", "two"], ["", "x"], None, []], pa.list_(pa.string()))
+    rows = run(unit_of(["a", "b", "c", "d"], stored=stored), policy(engine="stored"), aligner(engine="stored"))
+    assert [[each["text"] for each in row["aligned"] if each["status"] == "ok"] for row in rows] == [
+        ["one", "two"],
+        ["x"],
+        [],
+        [],
+    ]
+    assert [row["problem"] and row["problem"]["cause"] for row in rows] == [None, None, *["missing_response"] * 2]
+    assert not any(each["changed"] for row in rows for each in row["aligned"])
+
+
+def test_a_second_policy_appends_and_one_surviving_candidate_of_either_saves_the_row(engine: Scripted) -> None:
+    stored = pa.array([["kept"]], pa.list_(pa.string()))
+    first, second = policy(num_candidates=2), policy(engine="stored", first_candidate=2)
+    (row,) = run(unit_of(["fail"], stored=stored), first, second, aligner(engine="stored"))
+    assert [response["status"] for response in row["responses"]] == ["failed", "failed", "ok"]
+    assert row["responses"][2]["seed"] == candidate_seed(7, "id-fail", 2, "policy")
+    assert row["problem"] is None
+
+
+def test_the_system_prompt_is_for_prompts_without_one(engine: Scripted) -> None:
+    run(unit_of(["hello"]), policy(system_prompt="be kind"))
+    assert engine.requests[0].prompt == (("system", "be kind"), ("user", "hello"))
+
+
+def test_text_does_not_depend_on_how_rows_are_cut_into_units(engine: Scripted) -> None:
+    prompts: list[str | None] = [f"prompt {number}" for number in range(6)]
+    whole = run(unit_of(prompts), policy(num_candidates=2), aligner())
+    cut = [
+        row
+        for at in (0, 2, 3)
+        for row in run(unit_of(prompts[at : at + 1 + at % 3]), policy(num_candidates=2), aligner())
+    ]
+    by_id = {row["prompt_id"]: row for row in whole}
+    assert cut
+    assert all(by_id[row["prompt_id"]] == row for row in cut)
+
+
+def test_a_seed_that_depended_on_the_position_would_be_caught(
+    engine: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(1000))
+    monkeypatch.setattr("actors.policy.candidate_seed", lambda *arguments: next(calls))
+    prompts: list[str | None] = ["a", "b", "c"]
+    whole = run(unit_of(prompts), policy())
+    cut = [row for prompt in prompts for row in run(unit_of([prompt]), policy())]
+    assert whole != cut
+
+
+@pytest.mark.parametrize(
+    ("text", "end", "expected"),
+    [
+        ("<think>a b</think> answer ", "</think>", ("a b", "answer")),
+        ("a b</think>answer", "</think>", ("a b", "answer")),
+        ("<think>never ends", "</think>", ("never ends", "")),
+        (" plain ", "</think>", (None, "plain")),
+        ("<think>a</think>b", None, (None, "<think>a</think>b")),
+        ("x<|end|>y", "<|end|>", ("x", "y")),
+    ],
+)
+def test_reasoning_is_kept_apart(text: str, end: str | None, expected: tuple[str | None, str]) -> None:
+    assert split_reasoning(text, end) == expected

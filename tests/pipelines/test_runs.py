@@ -1,0 +1,92 @@
+"""Run records, fingerprints and which differences between two runs are refused."""
+
+from pathlib import Path
+
+import pytest
+
+from actors.aligner import AlignerConfig
+from actors.contract import ConfigError
+from actors.policy import PolicyConfig
+from pipelines.config import reference_yaml
+from pipelines.corpus.publish import OutputConfig
+from pipelines.corpus.runs import check_fingerprint, create_run, digest, latest_run
+from pipelines.corpus.shards import InputConfig
+from pipelines.corpus.storage import Storage
+from pipelines.settings import AlignCorpusConfig, RunConfig, SiteConfig, fingerprint
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def config(**sections: object) -> AlignCorpusConfig:
+    return AlignCorpusConfig(
+        **{
+            "input": InputConfig(path="/in"),
+            "output": OutputConfig(root="/out"),
+            "policy": PolicyConfig(model="p", engine="stored"),
+            "aligner": AlignerConfig(model="a", engine="stored"),
+            **sections,
+        }
+    )
+
+
+def test_the_documented_config_is_the_schema() -> None:
+    assert (CONF / "align_corpus.yaml").read_text() == reference_yaml(AlignCorpusConfig)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        config(policy=PolicyConfig(model="q", engine="stored")),
+        config(policy=PolicyConfig(model="p", engine="stored", temperature=0.5)),
+        config(policy=PolicyConfig(model="p", engine="stored", num_candidates=2)),
+        config(policies=[PolicyConfig(model="p", engine="stored")]),
+        config(aligner=AlignerConfig(model="a", engine="stored", recipe="aligner")),
+        config(aligner=AlignerConfig(model="a", engine="stored", template="{{ answer }}")),
+        config(run=RunConfig(seed=1)),
+        config(input=InputConfig(path="/in", keep_columns=["x"])),
+    ],
+)
+def test_what_can_change_a_row_is_in_the_fingerprint(other: AlignCorpusConfig) -> None:
+    assert digest(fingerprint(other, {})) != digest(fingerprint(config(), {}))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        config(
+            policy=PolicyConfig(model="p", engine="stored", replicas=8, num_gpus=1, units_in_flight=9, max_num_seqs=1)
+        ),
+        config(run=RunConfig(unit_rows=1, task_mib=3, stall_minutes=1, accept_quarantined=True)),
+        config(site=SiteConfig(ray_address="auto", storage_options={"x": 1})),
+        config(input=InputConfig(path="/elsewhere")),
+        config(output=OutputConfig(root="/elsewhere", part_mib=1)),
+    ],
+)
+def test_what_cannot_change_a_row_is_not(other: AlignCorpusConfig) -> None:
+    assert digest(fingerprint(other, {})) == digest(fingerprint(config(), {}))
+
+
+def test_kept_types_are_in_the_fingerprint() -> None:
+    assert fingerprint(config(), {"x": "int64"}) != fingerprint(config(), {"x": "string"})
+
+
+def test_run_records_are_numbered_and_never_replaced(tmp_path: Path) -> None:
+    output = Storage(str(tmp_path))
+    assert latest_run(output) is None
+    assert [create_run(output, {"name": name}) for name in ("a", "b")] == [1, 2]
+    assert latest_run(output) == {"number": 2, "name": "b"}
+
+
+def test_a_change_is_refused_while_units_wait_and_needs_consent_after(tmp_path: Path) -> None:
+    before, now = {"policy.temperature": 0.0, "gone": 1}, {"policy.temperature": 0.7, "new": 2}
+
+    def check(*, unpublished: bool, published: bool, accept: bool) -> None:
+        check_fingerprint(before, now, has_unpublished=unpublished, has_published=published, accept_changes=accept)
+
+    check(unpublished=False, published=False, accept=False)
+    check(unpublished=False, published=True, accept=True)
+    for accept in (False, True):
+        with pytest.raises(ConfigError, match=r"policy\.temperature was 0\.0 and is 0\.7"):
+            check(unpublished=True, published=True, accept=accept)
+    with pytest.raises(ConfigError, match=r"gone was 1 and is '\(not there\)'; new was .* run\.accept_changes=true"):
+        check(unpublished=False, published=True, accept=False)
