@@ -24,7 +24,7 @@ from pipelines.corpus.shards import Input
 from pipelines.corpus.state import State, read_state
 from pipelines.corpus.storage import Storage
 from pipelines.settings import AlignCorpusConfig, fingerprint, pin_models, run_record
-from pipelines.stream import stream
+from pipelines.stream import connect, stream
 
 DONE, USER_ERROR, NOT_CLEAN, INTERRUPTED = 0, 2, 3, 130
 
@@ -94,6 +94,7 @@ def make_and_publish(config: AlignCorpusConfig, flags: Flags, source: Input, out
     partitions: list[int] = []
     while True:
         if plan.num_units:
+            connect(config)
             run = create_run(output, run_record(config, plan))
             stream(config, source, output, plan, run)
         published = publish(

@@ -35,6 +35,7 @@ class RunConfig:
     retry_quarantined: str | None = option(None, "align published quarantined rows with this cause again")
     accept_changes: bool = option(False, "apply a changed config to new rows")
     lease_ttl_s: float = option(30.0, "seconds of silence after which another job on the same root counts as dead")
+    wait_for_resources_s: float = option(600.0, "seconds to wait for nodes that an autoscaling cluster may add")
     stall_minutes: float = option(30.0, "end with exit code 4 after so long without a token, a commit or a start-up")
 
     def __post_init__(self) -> None:

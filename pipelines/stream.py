@@ -22,6 +22,7 @@ from pipelines.corpus.read import UnitSource
 from pipelines.corpus.runs import digest
 from pipelines.corpus.shards import Input
 from pipelines.corpus.storage import Storage
+from pipelines.placement import Need, wait_until_placeable
 from pipelines.progress import Tally, read_board, shown
 from pipelines.settings import AlignCorpusConfig, fingerprint, pools
 
@@ -50,7 +51,6 @@ BACKPRESSURE = [
 
 def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan, run: int) -> None:
     """Make and commit every unit of the plan. Raises ConfigError for a mistake that only an actor could find."""
-    connect(config)
     started = time.monotonic()
     board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board).remote()
     tally = Tally()
@@ -101,16 +101,28 @@ def pipeline(
     )  # fmt: skip
 
 
+def needs(config: AlignCorpusConfig) -> list[Need]:
+    """Everything that must run at the same time for the job to get on: the pools, and Ray Data's own tasks."""
+    replicas = [Need(name, pool.replicas, pool.num_cpus, pool.num_gpus) for name, pool in pools(config).items()]
+    return [*replicas, Need("reading", READERS, READ_CPUS, 0), Need("committing", COMMITTERS, COMMIT_CPUS, 0)]
+
+
 def connect(config: AlignCorpusConfig) -> None:
-    """Join the cluster that the config or RAY_ADDRESS names, else start one on this machine's loopback."""
-    if ray.is_initialized():
-        return
+    """Join the cluster that the config or RAY_ADDRESS names, else start one here; return when the pools fit on it.
+
+    Raises ConfigError where they never will.
+    """
+    if not ray.is_initialized():
+        _join_or_start(config)
+    wait_until_placeable(needs(config), config.run.wait_for_resources_s, announce=report.say)
+
+
+def _join_or_start(config: AlignCorpusConfig) -> None:
     address = config.site.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     if address != "local":
         ray.init(address=address, logging_level=logging.ERROR)
         return
-    needed = sum(pool.replicas * pool.num_cpus for pool in pools(config).values())
-    needed += READERS * READ_CPUS + COMMITTERS * COMMIT_CPUS
+    needed = sum(need.count * need.cpus for need in needs(config))
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, math.ceil(needed)),  # logical: pools share the cores that there are

@@ -163,6 +163,6 @@ def unit_facts(output: Storage, unit: Unit, size: int) -> dict[str, Any]:
     """The facts of a committed unit of `size` bytes, from its footer. Raises Damaged, FileNotFoundError."""
     metadata, _ = read_footer(output.fs, output.path(unit.path), size)
     facts: dict[str, Any] = json.loads((metadata.metadata or {}).get(METADATA_KEY, b"{}"))
-    if not facts.get("num_rows") == metadata.num_rows == unit.num_rows:
+    if facts.get("unit") != unit.name or not facts["num_rows"] == metadata.num_rows == unit.num_rows:
         raise Damaged(f"{unit.path} does not hold the {unit.num_rows} rows that its name says")
     return facts

@@ -77,7 +77,7 @@ def make_plan(
     pending = [unit for shard in shards for unit in _cut(shard, [(0, shard.num_rows)], done, unit_rows, state.lost)]
     num_done = sum(shard.num_rows for shard in shards) - sum(unit.num_rows for unit in pending)
     num_done -= sum(unit.num_rows for unit in state.lost if unit.retry == 0)
-    pending.extend(state.lost)
+    pending = [*state.lost, *pending]  # first, whatever the limit: nothing is published without them
     if retry_quarantined is not None:
         pending.extend(_retries(output, state, versions, done, retry_quarantined, unit_rows))
     return Plan(

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,24 @@ from actors.contract import PROBLEM, ConfigError, option
 from pipelines.corpus import schema, units
 from pipelines.corpus.card import write_card
 from pipelines.corpus.commit import unit_facts
-from pipelines.corpus.parquet import Damaged, Watched, first_line
+from pipelines.corpus.parquet import Damaged, Watched, first_line, read_footer
 from pipelines.corpus.shards import BadShard, concurrently
 from pipelines.corpus.state import Partition, State, coverage_record, partition_folder, read_state
 from pipelines.corpus.storage import Storage
 from pipelines.corpus.units import Unit
 
 ROW_GROUP_BYTES = 32 << 20
+LEFT_OUT_KEY = b"burnish.left_out"
+MADE_AGAIN = pa.scalar(
+    {
+        "stage": "publish",
+        "cause": "made_again",
+        "error_class": "UnitError",
+        "message": "well only after its unit, then damaged, was made again, which was too late for the corpus part",
+        "attempts": 1,
+    },
+    PROBLEM,
+)
 
 
 @dataclass(frozen=True)
@@ -87,10 +98,15 @@ def publish(
             finished.append(partition.number)
             continue
         if not state.committed:
+            if state.partitions:
+                write_card(output, config.title)  # one who died may have left an outdated one
             if not config.keep_units:
                 output.delete([unit.path for unit in state.stale])
             return Published(tuple(finished), (), None)
         plan, damaged = _plan(output, config, state, bad_shards)
+        sizes = output.sizes("units") if damaged else {}
+        if any(sizes.get(f"{unit.name}.parquet") != state.sizes[unit] for unit in damaged):
+            continue  # not damaged: others have published it, or made it again, since we looked
         if damaged:
             output.delete([unit.path for unit in damaged])
             return Published(tuple(finished), tuple(damaged), None)
@@ -149,13 +165,8 @@ def _plan(
 
 
 def _part(held: list[Unit], facts: dict[Unit, dict[str, Any]]) -> dict[str, Any]:
-    num_quarantined = sum(facts[unit]["num_quarantined"] for unit in held)
-    num_rows = sum(unit.num_rows for unit in held)
-    return {
-        "units": [unit.name for unit in held],
-        "num_ok": num_rows - num_quarantined,
-        "num_quarantined": num_quarantined,
-    }
+    has_ok = any(facts[unit]["num_quarantined"] < unit.num_rows for unit in held)
+    return {"units": [unit.name for unit in held], "has_ok": has_ok}
 
 
 def _cut(found: list[Unit], state: State, part_bytes: int) -> Iterator[list[Unit]]:
@@ -175,18 +186,24 @@ def _cut(found: list[Unit], state: State, part_bytes: int) -> Iterator[list[Unit
 
 
 def _finish(output: Storage, config: OutputConfig, partition: Partition) -> list[Unit]:
-    """Carry out a plan: parts, quarantine parts, manifest, card, `_SUCCESS`. Returns damaged units, and then stops."""
+    """Carry out a plan: parts, quarantine parts, manifest, card, `_SUCCESS`. Returns damaged units, and then stops.
+
+    A unit that is damaged now and made again may come out with other rows quarantined. What decides is therefore the
+    corpus part, once it is there: it says which rows it leaves out, and the quarantine part holds exactly those.
+    """
     folder, plan = partition_folder(partition.number), partition.plan
     corpus, quarantine = [], []
     try:
         for number, part in enumerate(plan["parts"]):
             found = [unit for name in part["units"] if (unit := Unit.parse(name))]
             name = f"part-{number:05d}.parquet"
-            if part["num_ok"]:
-                corpus.append(_write_part(output, f"{folder}/{name}", found, _ok_rows, part["num_ok"]))
-            if part["num_quarantined"]:
+            left_out = {unit: [(unit.start, unit.stop)] for unit in found}
+            if part["has_ok"]:
+                record, left_out = _write_corpus_part(output, f"{folder}/{name}", found)
+                corpus.append(record)
+            if any(left_out.values()):
                 path = f"quarantine/run={partition.number:06d}/{name}"
-                quarantine.append(_write_part(output, path, found, _quarantined_rows, part["num_quarantined"]))
+                quarantine.append(_write_quarantine_part(output, path, left_out))
     except _DamagedUnit as damaged:
         if output.exists(f"{folder}/_SUCCESS"):  # another publisher was faster and has dropped the units since
             return []
@@ -206,28 +223,64 @@ class _DamagedUnit(Exception):
         self.unit = unit
 
 
-def _write_part(output: Storage, path: str, found: list[Unit], rows_of: Any, num_rows: int) -> dict[str, Any]:
-    """Create a part, or leave the one that is there, and describe it as the manifest does."""
+def _write_corpus_part(
+    output: Storage, path: str, found: list[Unit]
+) -> tuple[dict[str, Any], dict[Unit, units.Ranges]]:
+    """Create a corpus part, or leave the one that is there. Returns its record and the rows that it leaves out."""
+    left_out: dict[str, units.Ranges] = {}
 
-    def write(scratch: Path) -> None:
-        writer: pq.ParquetWriter | None = None
-        written = 0
-        for table in _row_groups(rows_of(unit, _read_unit(output, unit)) for unit in found):
-            writer = writer or pq.ParquetWriter(scratch, table.schema, compression="zstd", write_page_checksum=True)
-            writer.write_table(table)
-            written += table.num_rows
-        if writer is None or written != num_rows:
-            raise ValueError(f"{path} would hold {written} rows where its plan says {num_rows}")
-        writer.close()
+    def ok_rows() -> Iterator[pa.Table]:
+        for unit in found:
+            table = _read_unit(output, unit)
+            is_ok = pc.equal(table["status"], "ok")
+            rows = pc.indices_nonzero(pc.invert(is_ok)).to_pylist()
+            left_out[unit.name] = units.merged((unit.start + row, unit.start + row + 1) for row in rows)
+            yield _ok_rows(table.filter(is_ok))
 
     if not output.exists(path):
-        output.create_file(path, write)
+        output.create_file(path, lambda scratch: _write(scratch, ok_rows(), lambda: {LEFT_OUT_KEY: left_out}))
+    record, metadata = _described(output, path)
+    held = json.loads(metadata[LEFT_OUT_KEY])
+    return record, {unit: [(start, stop) for start, stop in held[unit.name]] for unit in found}
+
+
+def _write_quarantine_part(output: Storage, path: str, left_out: dict[Unit, units.Ranges]) -> dict[str, Any]:
+    """Create a quarantine part, or leave the one that is there. Returns its record."""
+
+    def quarantined_rows() -> Iterator[pa.Table]:
+        for unit, ranges in left_out.items():
+            if ranges:
+                table = _read_unit(output, unit)
+                rows = [row - unit.start for start, stop in ranges for row in range(start, stop)]
+                yield _quarantined_rows(unit, table.take(rows))
+
+    if not output.exists(path):
+        output.create_file(path, lambda scratch: _write(scratch, quarantined_rows(), dict))
+    return _described(output, path)[0]
+
+
+def _write(path: Path, tables: Iterator[pa.Table], metadata: Callable[[], dict[bytes, Any]]) -> None:
+    """Write a part; `metadata` is asked for when all tables have come."""
+    writer: pq.ParquetWriter | None = None
+    for table in _row_groups(tables):
+        writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd", write_page_checksum=True)
+        writer.write_table(table)
+    if writer is None:
+        raise ValueError(f"{path.name} has no unit")
+    writer.add_key_value_metadata({key: json.dumps(value) for key, value in metadata().items()})
+    writer.close()
+
+
+def _described(output: Storage, path: str) -> tuple[dict[str, Any], dict[bytes, bytes]]:
+    """A part as the manifest records it, and its key-value metadata."""
     checksum, size = hashlib.sha256(), 0
     with output.fs.open(output.path(path), "rb") as file:
         while chunk := file.read(1 << 22):
             checksum.update(chunk)
             size += len(chunk)
-    return {"path": path, "num_rows": num_rows, "num_bytes": size, "sha256": checksum.hexdigest()}
+    footer, _ = read_footer(output.fs, output.path(path), size)
+    record = {"path": path, "num_rows": footer.num_rows, "num_bytes": size, "sha256": checksum.hexdigest()}
+    return record, footer.metadata or {}
 
 
 def _row_groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
@@ -240,7 +293,7 @@ def _row_groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         if size >= ROW_GROUP_BYTES:
             yield pa.concat_tables(held)
             held, size = [], 0
-    if held and sum(table.num_rows for table in held):
+    if held:
         yield pa.concat_tables(held)
 
 
@@ -267,15 +320,14 @@ def _kept(table: pa.Table) -> list[str]:
     return [name for name in table.column_names if name not in schema.UNIT.names]
 
 
-def _ok_rows(unit: Unit, table: pa.Table) -> pa.Table:
+def _ok_rows(table: pa.Table) -> pa.Table:
     kept = _kept(table)
-    rows = table.filter(pc.equal(table["status"], "ok")).select([*schema.CORPUS.names, *kept])
+    rows = table.select([*schema.CORPUS.names, *kept])
     return rows.cast(pa.schema([*schema.CORPUS, *(table.schema.field(name) for name in kept)]))
 
 
-def _quarantined_rows(unit: Unit, table: pa.Table) -> pa.Table:
-    rows = table.filter(pc.equal(table["status"], "quarantined"))
-    problem = rows["problem"].combine_chunks()
+def _quarantined_rows(unit: Unit, rows: pa.Table) -> pa.Table:
+    problem = rows["problem"].combine_chunks().fill_null(MADE_AGAIN)
     columns = {name: rows[name] for name in rows.column_names}
     columns["unit"] = pa.array([unit.name] * rows.num_rows, pa.string())
     columns.update({field.name: problem.field(field.name) for field in PROBLEM})
@@ -286,6 +338,12 @@ def _manifest(
     output: Storage, partition: Partition, corpus: list[dict[str, Any]], quarantine: list[dict[str, Any]]
 ) -> dict[str, Any]:
     plan = partition.plan
+    causes: Counter[str] = Counter()
+    for part in quarantine:
+        causes.update(_column(output, part["path"], "cause").to_pylist())
+    num_ok = sum(part["num_rows"] for part in corpus)
+    if num_ok + causes.total() != plan["num_rows"]:
+        raise ValueError(f"{num_ok} ok + {causes.total()} quarantined rows are not the {plan['num_rows']} that came in")
     before = read_state(output)
     rows = units.add({}, partition.units)
     published = units.add(before.published, partition.units)
@@ -295,11 +353,10 @@ def _manifest(
         if not units.missing(0, sum(record["row_groups"]), published.get((record["key"], 0), []))
     ]
     return {
-        **{
-            key: plan[key]
-            for key in ("number", "num_rows", "num_quarantined", "causes", "runs", "fingerprints", "bad_shards")
-        },
-        "num_ok": plan["num_rows"] - plan["num_quarantined"],
+        **{key: plan[key] for key in ("number", "num_rows", "runs", "fingerprints", "bad_shards")},
+        "num_ok": num_ok,
+        "num_quarantined": causes.total(),
+        "causes": dict(causes),
         "num_units": len(partition.units),
         "num_repeated_ids": _num_repeated_ids(output, corpus),
         "published_at": time.time(),
@@ -314,7 +371,10 @@ def _num_repeated_ids(output: Storage, corpus: list[dict[str, Any]]) -> int:
     """Rows whose prompt_id an earlier row of the partition has too, by 64-bit hashes: 8 bytes a row."""
     hashes = [np.empty(0, np.uint64)]
     for part in corpus:
-        ids = pq.read_table(output.path(part["path"]), columns=["prompt_id"], filesystem=output.fs)["prompt_id"]
-        hashes.append(pd.util.hash_array(ids.to_numpy().astype(object)))
+        hashes.append(pd.util.hash_array(_column(output, part["path"], "prompt_id").to_numpy().astype(object)))
     found = np.concatenate(hashes)
     return len(found) - len(np.unique(found))
+
+
+def _column(output: Storage, path: str, name: str) -> pa.ChunkedArray:
+    return pq.read_table(output.path(path), columns=[name], filesystem=output.fs)[name]

@@ -53,7 +53,7 @@ class State:
 
     @property
     def done(self) -> Coverage:
-        """Rows that need not be made: published, or committed in a unit that counts; less what was lost."""
+        """Rows that are published (planned ones, even lost ones, count) or committed in a unit that counts."""
         return units.add(self.published, self.committed)
 
     @property
@@ -77,6 +77,17 @@ def partition_folder(number: int) -> str:
 
 
 def read_state(output: Storage) -> State:
+    """The state. What looks lost is looked for again: others may have committed and planned it between two listings."""
+    state = _read_state(output)
+    while state.lost:
+        again = _read_state(output)
+        if again.lost == state.lost:
+            return again
+        state = again
+    return state
+
+
+def _read_state(output: Storage) -> State:
     """Units first, partitions second: a unit that is published in between is then seen twice, never not at all."""
     sizes = {unit: size for name, size in output.sizes("units").items() if (unit := Unit.parse(name))}
     partitions = _partitions(output)

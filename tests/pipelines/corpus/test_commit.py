@@ -1,0 +1,233 @@
+"""Commits: one object a unit, every input row in it, whole rows in the quarantine."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from actors.contract import pack, unpack
+from pipelines.corpus import schema
+from pipelines.corpus.commit import METADATA_KEY, Committer, row_as_json, unit_facts
+from pipelines.corpus.parquet import Damaged
+from pipelines.corpus.publish import OutputConfig, publish
+from pipelines.corpus.read import read_spans
+from pipelines.corpus.shards import Input, InputConfig
+from pipelines.corpus.storage import Storage
+from pipelines.corpus.units import Unit
+from tests.pipelines.corpus.fabricate import (
+    answer,
+    check_published,
+    commit_unit,
+    fake_shard,
+    manifests_of,
+    plan_of,
+    read_rows_of,
+    run_plan,
+    write_shard,
+)
+
+CONFIG = InputConfig(path="in", keep_columns=["topic"])
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Input:
+    table = pa.table(
+        {
+            "prompt": ["a", None, "c", "  "],
+            "topic": pa.array(["x", "y", None, "z"]).dictionary_encode(),
+            "extra": pa.array([[1], [2], None, []]),
+        }
+    )
+    write_shard(tmp_path / "in" / "a.parquet", table)
+    return Input(str(tmp_path / "in"))
+
+
+def packed_unit(source: Input, output: Storage) -> pa.Table:
+    (packed,) = read_spans(source, CONFIG, list(plan_of(source, CONFIG, output).spans))
+    return answer(packed)
+
+
+def committer(source: Input, output: Storage) -> Committer:
+    return Committer(output, source, ("topic",), run=3, fingerprint="abc")
+
+
+def test_a_unit_file_holds_every_input_row_and_what_is_known_of_them(source: Input, local_output: Storage) -> None:
+    packed = packed_unit(source, local_output)
+    told = committer(source, local_output)(packed).to_pylist()
+    (name,) = local_output.sizes("units")
+    table = read_rows_of(local_output, f"units/{name}")
+
+    assert table.column_names == [*schema.UNIT.names, "topic"]
+    assert table["status"].to_pylist() == ["ok", "quarantined", "ok", "quarantined"]
+    assert [where["row"] for where in table["source"].to_pylist()] == [0, 1, 2, 3]
+    assert [row and json.loads(row) for row in table["input"].to_pylist()] == [
+        None, {"prompt": None, "topic": "y", "extra": [2]}, None, {"prompt": "  ", "topic": "z", "extra": []}
+    ]  # fmt: skip
+    facts = json.loads(table.schema.metadata[METADATA_KEY])
+    assert (facts["num_rows"], facts["num_quarantined"], facts["run"], facts["fingerprint"]) == (4, 2, 3, "abc")
+    assert facts["causes"] == {"null_prompt": 1, "empty_prompt": 1}
+    assert told == [
+        {"unit": name.removesuffix(".parquet"), "rows": 4, "quarantined": 2, "candidates": 2, "changed": 2, "won": True}
+    ]
+
+
+def test_a_second_copy_of_a_unit_loses_and_the_first_ones_rows_stay(output: Storage, source: Input) -> None:
+    packed = packed_unit(source, output)
+    assert committer(source, output)(packed)["won"].to_pylist() == [True]
+    (name,) = output.sizes("units")
+    first = output.read(f"units/{name}")
+    assert committer(source, output)(packed)["won"].to_pylist() == [False]  # equal rows, another nonce
+    assert output.read(f"units/{name}") == first
+
+
+def _reordered(unit: pa.Table) -> pa.Table:
+    return unit.take([1, 0, 2, 3])
+
+
+def _shortened(unit: pa.Table) -> pa.Table:
+    return unit.slice(0, 3)
+
+
+def _doubled(unit: pa.Table) -> pa.Table:
+    return pa.concat_tables([unit, unit.slice(0, 1)])
+
+
+@pytest.mark.parametrize("spoil", [_reordered, _shortened, _doubled])
+def test_a_unit_whose_rows_a_stage_lost_added_or_moved_is_never_committed(
+    source: Input, local_output: Storage, spoil: Any
+) -> None:
+    packed = packed_unit(source, local_output)
+    labels = {name: packed[name][0].as_py() for name in ("unit", "shard")}
+    with pytest.raises(ValueError, match="other rows than it set out with"):
+        committer(source, local_output)(pack(spoil(unpack(packed)), **labels))
+    assert local_output.sizes("units") == {}
+
+
+def test_kept_columns_come_out_of_the_corpus_with_the_inputs_type(source: Input, local_output: Storage) -> None:
+    run_plan(plan_of(source, CONFIG, local_output, unit_rows=1), source, CONFIG, local_output)
+    publish(local_output, OutputConfig(root="out"))
+    check_published(local_output)
+    table = read_rows_of(local_output, manifests_of(local_output)[0]["corpus"][0]["path"])
+    assert table["topic"].to_pylist() == ["x", None]
+    assert pa.types.is_dictionary(table.schema.field("topic").type)
+
+
+def test_rows_of_an_unreadable_row_group_are_committed_as_quarantined_without_their_input(
+    tmp_path: Path, local_output: Storage
+) -> None:
+    path = write_shard(tmp_path / "in" / "a.parquet", 10, row_group_size=5)
+    source, config = Input(str(tmp_path / "in")), InputConfig(path="in")
+    data = bytearray(path.read_bytes())
+    offset = pq.read_metadata(path).row_group(1).column(0).data_page_offset
+    data[offset : offset + 20] = b"\xff" * 20
+    path.write_bytes(data)
+
+    run_plan(plan_of(source, config, local_output, unit_rows=3), source, config, local_output)
+    publish(local_output, OutputConfig(root="out"))
+
+    ok, quarantined = check_published(local_output)
+    assert ok == [("a.parquet", row) for row in range(5)]
+    assert quarantined == [("a.parquet", row) for row in range(5, 10)]
+    (manifest,) = manifests_of(local_output)
+    assert manifest["causes"] == {"unreadable_row_group": 5}
+    quarantine = read_rows_of(local_output, manifest["quarantine"][0]["path"])
+    assert quarantine["input"].null_count == 5
+
+
+# --- facts ----------------------------------------------------------------------------------------------------------
+
+SHARD = fake_shard(row_groups=(8,))
+UNIT = Unit(SHARD.key, 0, 4)
+
+
+def _facts(output: Storage, unit: Unit = UNIT) -> dict[str, Any]:
+    return unit_facts(output, unit, output.sizes("units")[f"{unit.name}.parquet"])
+
+
+def test_facts_are_read_from_the_footer_alone(output: Storage) -> None:
+    commit_unit(output, SHARD, UNIT, quarantined=[1])
+    assert _facts(output)["num_quarantined"] == 1
+    assert _facts(output)["shard"]["path"] == SHARD.listed.path
+
+
+def test_facts_of_a_file_that_is_not_this_unit_are_damage(local_output: Storage) -> None:
+    commit_unit(local_output, SHARD, UNIT)
+    data = local_output.read(UNIT.path)
+    for other in (Unit(SHARD.key, 0, 5), Unit(SHARD.key, 4, 8), Unit("f" * 12, 0, 4), Unit(SHARD.key, 0, 4, retry=1)):
+        local_output.put(other.path, data)
+        with pytest.raises(Damaged):
+            _facts(local_output, other)
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1", b"no Parquet file but long enough"])
+def test_facts_of_what_is_no_parquet_are_damage(local_output: Storage, data: bytes) -> None:
+    local_output.put(UNIT.path, data)
+    with pytest.raises(Damaged):
+        _facts(local_output)
+
+
+def test_facts_of_a_parquet_file_that_no_committer_wrote_are_damage(local_output: Storage, tmp_path: Path) -> None:
+    local_output.put(UNIT.path, write_shard(tmp_path / "x.parquet", 4).read_bytes())
+    with pytest.raises(Damaged):
+        _facts(local_output)
+
+
+def test_facts_of_a_unit_that_is_gone_are_file_not_found(output: Storage) -> None:
+    with pytest.raises(FileNotFoundError):
+        unit_facts(output, UNIT, 1000)
+
+
+# --- input rows as JSON ---------------------------------------------------------------------------------------------
+
+
+def _bad(dtype: str) -> pa.Array:
+    raw = pa.array([b"\xfe"])
+    string = pa.Array.from_buffers(pa.string(), 1, raw.buffers())
+    return {
+        "string": string,
+        "list": pa.ListArray.from_arrays([0, 1], string),
+        "fixed": pa.FixedSizeListArray.from_arrays(string, 1),
+        "struct": pa.StructArray.from_arrays([string], ["x"]),
+        "map": pa.MapArray.from_arrays(pa.array([0, 1], pa.int32()), pa.array(["k"]), string),
+    }[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["string", "list", "fixed", "struct", "map"])
+def test_text_that_is_not_utf8_is_kept_as_base64_at_any_depth(dtype: str) -> None:
+    text = row_as_json(pa.table({"column": _bad(dtype)}))
+    assert f'{{"base64": "{base64.b64encode(bytes([0xFE])).decode()}"}}' in text
+    json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([10**18], pa.timestamp("us")),
+        pa.array([[10**18]], pa.list_(pa.timestamp("us"))),
+        pa.array([10**9], pa.date32()),
+        pa.array([10**18], pa.duration("us")),
+        pa.array([1], pa.timestamp("ns", "Europe/Berlin")),
+        pa.array([1], pa.decimal128(20, 2)),
+        pa.array([2**64 - 1], pa.uint64()),
+        pa.array([1.5], pa.float16()),
+        pa.array([b"\xff"]),
+        pa.array([{"a": [{"b": None}]}]),
+        pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())),
+        pa.array(["x"]).dictionary_encode(),
+        pa.array(["x"], pa.string_view()),
+        pa.nulls(1),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_a_row_of_any_type_becomes_json(column: pa.Array) -> None:
+    table = pa.table({"prompt": pa.nulls(1), "column": column})
+    assert set(json.loads(row_as_json(table))) == {"prompt", "column"}
+
+
+def test_both_of_two_columns_with_one_name_are_kept() -> None:
+    row = pa.table([pa.nulls(1), pa.array([1]), pa.array([2])], names=["prompt", "x", "x"])
+    assert list(json.loads(row_as_json(row)).values()) == [None, 1, 2]
