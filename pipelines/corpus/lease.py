@@ -97,7 +97,7 @@ class Lease:
         while not self._stop.wait(self._ttl_s / HEARTBEATS_PER_TTL):
             try:
                 self._heartbeat()
-            except OSError:
+            except Exception:  # what an S3 client raises when it cannot connect is no OSError
                 continue  # a store that is away for a moment; the next beat tries again, and safety is elsewhere
 
 

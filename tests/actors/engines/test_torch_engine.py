@@ -1,0 +1,189 @@
+"""The torch engine serves many callers from one thread, fails rows alone, and never leaves a caller hanging."""
+
+import asyncio
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from actors.contract import ConfigError, RowError
+from actors.engines.base import Completion, EngineConfig, Request
+from actors.engines.torch_engine import TorchEngine
+
+TIMEOUT = 20  # seconds; a hang fails instead of stalling the suite
+
+
+def config_of(folder: Path, **settings: Any) -> EngineConfig:
+    return EngineConfig(model=str(folder), **({"dtype": "float32", "device": "cpu", "max_tokens": 16} | settings))
+
+
+@pytest.fixture
+def engine(llama_folder: Path) -> Iterator[TorchEngine]:
+    engine = TorchEngine(config_of(llama_folder, max_num_seqs=4), num_threads=1)
+    yield engine
+    engine.close()
+
+
+def chat(i: int) -> Request:
+    return Request(prompt=(("user", f"Give me {i} reasons."),), seed=i)
+
+
+async def together(engine: TorchEngine, requests: list[Request]) -> list[Any]:
+    tasks = [engine.generate(request) for request in requests]
+    return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), TIMEOUT)
+
+
+def wait_until_idle(engine: TorchEngine) -> None:
+    done = threading.Event()
+    for _ in range(TIMEOUT * 100):
+        stats = engine.stats()
+        if stats.num_running == stats.num_waiting == 0:
+            return
+        done.wait(0.01)
+    raise AssertionError(f"still busy: {engine.stats()}")
+
+
+def test_candidates_do_not_depend_on_their_company(llama_folder: Path) -> None:
+    engine = TorchEngine(config_of(llama_folder, temperature=1.0, max_num_seqs=3), 1)
+    requests = [chat(i) for i in range(10)]
+    crowd = asyncio.run(together(engine, requests))
+    alone = [asyncio.run(together(engine, [request]))[0] for request in reversed(requests)][::-1]
+    assert crowd == alone
+    assert len({completion.text for completion in crowd}) == 10
+    assert engine.stats().num_tokens == 2 * sum(completion.num_tokens for completion in crowd)
+    engine.close()
+
+
+def test_completion_counts_and_text(engine: TorchEngine, tokenizer: PreTrainedTokenizerBase) -> None:
+    [made] = asyncio.run(together(engine, [Request(prompt="The quick brown", seed=0)]))
+    assert isinstance(made, Completion)
+    assert made.num_prompt_tokens == len(tokenizer("The quick brown")["input_ids"])
+    assert made.finish_reason == "length"
+    assert made.num_tokens == 16
+
+
+def test_several_event_loops_share_an_engine(engine: TorchEngine) -> None:
+    results: dict[int, list[Any]] = {}
+    threads = [
+        threading.Thread(target=lambda i=i: results.update({i: asyncio.run(together(engine, [chat(0), chat(i)]))}))
+        for i in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT)
+    assert len({results[i][0].text for i in range(3)}) == 1
+
+
+def test_bad_requests_fail_alone(llama_folder: Path) -> None:
+    engine = TorchEngine(config_of(llama_folder, max_model_len=60), 1)
+    long = Request(prompt="word " * 100, seed=0)
+    made = asyncio.run(together(engine, [chat(1), long, Request(prompt="", seed=0), chat(2)]))
+    assert [type(result) for result in made] == [Completion, RowError, RowError, Completion]
+    assert [made[1].cause, made[2].cause] == ["prompt_too_long", "empty_prompt"]
+    assert made[1].message.endswith("prompt tokens + 16 max_tokens exceed the model's 60")
+    engine.close()
+
+
+def test_limit_is_the_models_own_when_that_is_shorter(llama_folder: Path) -> None:
+    engine = TorchEngine(config_of(llama_folder, max_model_len=100_000, max_tokens=500), 1)
+    [made] = asyncio.run(together(engine, [Request(prompt="word " * 30, seed=0)]))
+    assert isinstance(made, RowError)
+    assert made.message.endswith("exceed the model's 512")
+    engine.close()
+
+
+def test_stop_string_and_eos_of_the_generation_config(
+    llama_folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    engine = TorchEngine(config_of(llama_folder), 1)
+    [free] = asyncio.run(together(engine, [chat(1)]))
+    engine.close()
+    stop = free.text[4:6]
+    engine = TorchEngine(config_of(llama_folder, stop=[stop]), 1)
+    [cut] = asyncio.run(together(engine, [chat(1)]))
+    engine.close()
+    assert (cut.text, cut.finish_reason) == (free.text[: free.text.index(stop)], "stop")
+
+    folder = shutil.copytree(llama_folder, tmp_path / "eos")
+    ids = tokenizer(free.text, add_special_tokens=False)["input_ids"]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [511, *ids]}))
+    engine = TorchEngine(config_of(folder), 1)
+    [ended] = asyncio.run(together(engine, [chat(1)]))
+    engine.close()
+    assert ended.finish_reason == "stop"
+    assert ended.num_tokens < free.num_tokens
+
+
+def test_cancelled_request_leaves_the_batch(llama_folder: Path) -> None:
+    engine = TorchEngine(config_of(llama_folder, max_tokens=400, max_num_seqs=2), 1)
+
+    async def cancel_most() -> Completion:
+        tasks = [asyncio.create_task(engine.generate(chat(i))) for i in range(4)]
+        await asyncio.sleep(0.1)
+        for task in tasks[1:]:
+            task.cancel()
+        await asyncio.gather(*tasks[1:], return_exceptions=True)
+        assert all(task.cancelled() for task in tasks[1:])
+        return await asyncio.wait_for(tasks[0], TIMEOUT)
+
+    made = asyncio.run(cancel_most())
+    assert made.text == asyncio.run(together(engine, [chat(0)]))[0].text
+    wait_until_idle(engine)
+    engine.close()
+
+
+def test_caller_whose_event_loop_closed_does_no_harm(engine: TorchEngine) -> None:
+    caller = asyncio.new_event_loop()
+    task = caller.create_task(engine.generate(chat(1)))
+    caller.run_until_complete(asyncio.sleep(0))
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    caller.close()
+    wait_until_idle(engine)
+    assert isinstance(asyncio.run(together(engine, [chat(2)]))[0], Completion)
+
+
+def test_death_of_the_thread_reaches_everyone(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = iter(range(3))
+
+    def step() -> list[Any]:
+        if next(steps, None) is None:
+            raise MemoryError("out of memory")
+        return []
+
+    monkeypatch.setattr(engine._loop, "step", step)
+    made = asyncio.run(together(engine, [chat(i) for i in range(6)]))
+    assert [type(error) for error in made] == [MemoryError] * 6
+    [late] = asyncio.run(together(engine, [chat(7)]))
+    assert isinstance(late, MemoryError)
+
+
+def test_close_releases_those_who_wait(llama_folder: Path) -> None:
+    engine = TorchEngine(config_of(llama_folder, max_tokens=400), 1)
+
+    async def close_early() -> list[Any]:
+        tasks = [asyncio.create_task(engine.generate(chat(i))) for i in range(3)]
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(engine.close)
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), TIMEOUT)
+
+    assert all("closed" in str(error) for error in asyncio.run(close_early()))
+    assert not engine._thread.is_alive()
+    engine.close()
+
+
+@pytest.mark.parametrize("missing", ["folder", "model.safetensors"])
+def test_missing_model_is_a_config_error(llama_folder: Path, tmp_path: Path, missing: str) -> None:
+    folder = tmp_path / "gone"
+    if missing != "folder":
+        shutil.copytree(llama_folder, folder)
+        (folder / missing).rename(folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError) as caught:
+        TorchEngine(config_of(folder), None)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
