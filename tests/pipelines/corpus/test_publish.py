@@ -16,6 +16,7 @@ import pyarrow.dataset as ds
 import pytest
 
 from pipelines.corpus import schema
+from pipelines.corpus.card import write_card
 from pipelines.corpus.commit import write_unit
 from pipelines.corpus.publish import OutputConfig, Published, publish
 from pipelines.corpus.shards import BadShard
@@ -34,12 +35,14 @@ from tests.pipelines.corpus.fabricate import (
     rows_of,
     sources,
     unit_table,
+    write_shard,
 )
 from tests.pipelines.corpus.interrupted import Killed, Stepped, at, kill
 
 CONFIG = OutputConfig(root="out", part_mib=0)
 SHARD = fake_shard(row_groups=(8, 4))
 OTHER = fake_shard("other.parquet", row_groups=(4,))
+NEW = fake_shard("0 new.parquet", row_groups=(5,))
 
 
 @pytest.fixture
@@ -284,7 +287,7 @@ def _crash_everywhere(roots: Callable[[], Storage]) -> int:
         try:
             publish(Stepped(output, at(step, kill)), CONFIG)
         except Killed:
-            read_state(output)  # what is there can be read at any moment
+            _check_card_lists_finished_partitions(output)
             publish(output, CONFIG)
             check_exactly_once(output, CRASH_ROWS)
             assert _tables(output) == expected
@@ -292,6 +295,13 @@ def _crash_everywhere(roots: Callable[[], Storage]) -> int:
             continue
         check_exactly_once(output, CRASH_ROWS)
         return step
+
+
+def _check_card_lists_finished_partitions(output: Storage) -> None:
+    listed = {path for config in card_header(output)["configs"] for path in config["data_files"]}
+    for partition in read_state(output).partitions:
+        if partition.manifest:
+            assert listed >= {part["path"] for kind in ("corpus", "quarantine") for part in partition.manifest[kind]}
 
 
 def _tables(output: Storage) -> dict[str, list[dict[str, object]]]:
@@ -329,8 +339,7 @@ def test_publishers_that_are_killed_again_and_again_get_there(local_output: Stor
 
 def _more_arrives(output: Storage) -> None:
     """Another job: new units of a new shard, and a unit of the old one cut otherwise; then it publishes."""
-    new = fake_shard("new.parquet", (5,))
-    commit_units(output, new, quarantined=[4])
+    commit_units(output, NEW, quarantined=[4])
     commit_unit(output, SHARD, Unit(SHARD.key, 2, 9), version="cut otherwise")
     publish(output, CONFIG)
 
@@ -366,7 +375,7 @@ def test_a_publisher_frozen_before_any_operation_wakes_up_and_does_no_harm(
         with contextlib.suppress(Killed):
             assert publish(Stepped(output, before, reads=True), CONFIG).lost == ()
         publish(output, CONFIG)
-        expected = CRASH_ROWS + (rows_of(fake_shard("new.parquet", (5,))) if was_frozen and arrives else [])
+        expected = CRASH_ROWS + (rows_of(NEW) if was_frozen and arrives else [])
         check_exactly_once(output, expected)
         if not was_frozen:
             break
@@ -384,7 +393,7 @@ def test_two_publishers_that_freeze_each_other_at_every_pair_of_changes_do_no_ha
             output = Storage(str(shutil.copytree(crash_root, tmp_path / f"{first}-{second}")))
             _interleave(output, first, second)
             publish(output, CONFIG)
-            check_exactly_once(output, CRASH_ROWS)
+            check_exactly_once(output, CRASH_ROWS + rows_of(NEW))
 
 
 def _num_changes(output: Storage) -> int:
@@ -394,7 +403,7 @@ def _num_changes(output: Storage) -> int:
 
 
 def _interleave(output: Storage, first: int, second: int) -> None:
-    """A runs to its step `first`; B to its step `second`; A to its end; B to its end."""
+    """A runs to its step `first`; B, which knows of more units, to its step `second`; A to its end; B to its end."""
     b_waits, b_goes_on = threading.Event(), threading.Event()
 
     def hold_b() -> None:
@@ -410,6 +419,7 @@ def _interleave(output: Storage, first: int, second: int) -> None:
     b = threading.Thread(target=run_b)
 
     def start_b() -> None:
+        commit_units(output, NEW, quarantined=[4])
         b.start()
         assert b_waits.wait(30)
 
@@ -530,6 +540,14 @@ def test_a_publisher_that_read_a_unit_before_it_was_made_again_agrees_with_one_t
     check_exactly_once(output, rows_of(shard))
 
 
+def test_a_changed_letter_that_only_a_page_checksum_can_tell_is_damage(local_output: Storage, tmp_path: Path) -> None:
+    (unit,) = commit_units(local_output, OTHER)
+    table = read_rows_of(local_output, unit.path)
+    plain = write_shard(tmp_path / "plain", table, compression="none", use_dictionary=False, write_page_checksum=True)
+    local_output.put(unit.path, plain.read_bytes().replace(b"v1 of 2", b"v1 of 7"))
+    assert publish(local_output, CONFIG).lost == (unit,)
+
+
 def test_a_store_error_while_units_are_read_is_not_damage(
     local_output: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -624,6 +642,17 @@ def test_the_card_says_what_is_there(published_twice: Storage) -> None:
     text = published_twice.read("README.md").decode()
     assert "| run=000001 | 10 | 2 | 0 | 1 |" in text
     assert "| run=000002 | 3 | 1 | 0 | 1 |" in text
+
+
+def test_a_card_that_is_written_late_does_not_take_back_what_came_in_between(published_twice: Storage) -> None:
+    published_twice.delete(["README.md"])
+
+    def another_partition() -> None:
+        commit_units(published_twice, NEW)
+        publish(published_twice, CONFIG)
+
+    write_card(Stepped(published_twice, at(0, another_partition)), "Aligned corpus")
+    check_exactly_once(published_twice, rows_of(SHARD, OTHER, NEW))
 
 
 def test_a_card_that_a_dying_publisher_left_outdated_is_put_right_by_the_next_publisher(

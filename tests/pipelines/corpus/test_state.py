@@ -69,6 +69,14 @@ def test_units_that_are_committed_planned_and_published_while_the_state_is_read_
             publish(output, CONFIG)
 
 
+def test_units_that_are_published_and_dropped_while_the_state_is_read_are_still_done(local_output: Storage) -> None:
+    for step in range(5):
+        output = Storage(f"{local_output.root}/{step}")
+        commit_units(output, SHARD)
+        during = Stepped(output, at(step, lambda output=output: publish(output, CONFIG) and None), reads=True)
+        assert read_state(during).done == {(SHARD.key, 0): [(0, 12)]}
+
+
 def test_a_partition_folder_without_a_plan_is_no_partition(local_output: Storage) -> None:
     commit_units(local_output, SHARD)
     local_output.create(f"{partition_folder(1)}/.scratch-left-by-a-dead-writer", b"")
