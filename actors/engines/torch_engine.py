@@ -169,6 +169,7 @@ def load_model(config: EngineConfig) -> PreTrainedModel:
     cuda = torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
         raise ConfigError("device is cuda, but torch finds no GPU here; set device to auto or cpu")
+    disable_progress_bar()  # a job's log has a line for every pool already
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             config.model,

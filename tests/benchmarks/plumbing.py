@@ -72,9 +72,9 @@ def throughput(folder: Path, num_rows: int, task_mib: float) -> None:
     steady = num_rows / (time.monotonic() - (first or begin))
     quarters = [max((rss for at, rss in memory if at <= seconds * part / 4), default=0) >> 20 for part in (1, 2, 3, 4)]
     print(
-        f"throughput: {num_rows} rows of {ROW_BYTES} bytes, unit_rows=256, task_mib={task_mib:g}: {num_rows / seconds:.0f} "
-        f"rows/s from command to exit ({seconds:.1f} s), {steady:.0f} rows/s from the first commit on; "
-        f"driver memory at each quarter, MiB: {quarters}",
+        f"throughput: {num_rows} rows of {ROW_BYTES} bytes, unit_rows=256, task_mib={task_mib:g}: "
+        f"{num_rows / seconds:.0f} rows/s from command to exit ({seconds:.1f} s), {steady:.0f} rows/s from the first "
+        f"commit on; driver memory at each quarter, MiB: {quarters}",
         flush=True,
     )
 
