@@ -21,7 +21,7 @@ from pipelines.corpus.plan import Plan, make_plan
 from pipelines.corpus.publish import Published, publish
 from pipelines.corpus.runs import check_fingerprint, create_run, latest_run
 from pipelines.corpus.shards import Input
-from pipelines.corpus.state import State, read_state
+from pipelines.corpus.state import read_state
 from pipelines.corpus.storage import Storage
 from pipelines.settings import AlignCorpusConfig, fingerprint, pin_models, run_record
 from pipelines.stream import connect, stream
@@ -53,29 +53,29 @@ def align_corpus(config: AlignCorpusConfig, flags: Flags) -> int:
     source = Input(config.input.path, config.site.storage_options)
     output = Storage(config.output.root, config.site.storage_options)
     if flags.dry_run:
-        report.print_dry_run(config, source, planned(config, flags, source, output, read_state(output)))
+        report.print_dry_run(config, source, planned(config, source, output, flags.limit))
         return DONE
     with Lease(output, config.run.lease_ttl_s, announce=report.say):
         output.sweep()
-        plan = planned(config, flags, source, output, read_state(output))
+        plan = planned(config, source, output, flags.limit)
         if plan.bad_shards and config.input.on_bad_shard == "fail":
             report.print_bad_shards(plan)
             return NOT_CLEAN
-        published = make_and_publish(config, flags, source, output, plan)
+        published = make_and_publish(config, source, output, plan)
         report.print_summary(config, output, plan, published)
         return NOT_CLEAN if plan.bad_shards or published.withheld else DONE
 
 
-def planned(config: AlignCorpusConfig, flags: Flags, source: Input, output: Storage, state: State) -> Plan:
+def planned(config: AlignCorpusConfig, source: Input, output: Storage, limit: int | None) -> Plan:
     """What is to be made. Raises ConfigError where the rows would not go together with those that are there."""
-    before = latest_run(output)
+    state, before = read_state(output), latest_run(output)
     plan = make_plan(
         source,
         config.input,
         output,
         state,
         unit_rows=config.run.unit_rows,
-        limit=flags.limit,
+        limit=limit,
         retry_quarantined=config.run.retry_quarantined,
         kept_types=before["kept_types"] if before else {},
     )
@@ -89,7 +89,7 @@ def planned(config: AlignCorpusConfig, flags: Flags, source: Input, output: Stor
     return plan
 
 
-def make_and_publish(config: AlignCorpusConfig, flags: Flags, source: Input, output: Storage, plan: Plan) -> Published:
+def make_and_publish(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan) -> Published:
     """Stream the plan's units through the pools, then publish what is committed."""
     partitions: list[int] = []
     while True:
@@ -108,7 +108,7 @@ def make_and_publish(config: AlignCorpusConfig, flags: Flags, source: Input, out
         if not published.lost:
             return Published(tuple(partitions), (), published.withheld)
         report.say(f"{len(published.lost)} unit files are damaged or gone and are made again")
-        plan = planned(config, flags, source, output, read_state(output))
+        plan = planned(config, source, output, limit=sum(unit.num_rows for unit in published.lost))
 
 
 if __name__ == "__main__":

@@ -127,10 +127,13 @@ class Input:
     def open(self, shard: Listed) -> Any:
         """The shard's bytes as a seekable binary file, unbuffered: Parquet reads whole column chunks.
 
-        Raises ConfigError where the path holds another version by now.
+        Raises ConfigError where the path holds another version by now, or nothing.
         """
         path = f"{self.root}/{shard.path}"
-        file = self.fs.open(path, "rb", cache_type="none")
+        try:
+            file = self.fs.open(path, "rb", cache_type="none")
+        except FileNotFoundError:
+            raise ConfigError(f"shard {shard.path} has gone since it was planned; run again") from None
         info = self.fs.info(path)
         if (int(info["size"]), _tag(info)) != (shard.size, shard.tag):
             file.close()
