@@ -27,6 +27,7 @@ from pipelines.corpus.storage import Storage
 from pipelines.corpus.units import Unit
 
 ROW_GROUP_BYTES = 32 << 20
+ROWS_AT_ONCE = 1 << 14
 LEFT_OUT_KEY = b"burnish.left_out"
 MADE_AGAIN = pa.scalar(
     {
@@ -340,7 +341,9 @@ def _manifest(
     plan = partition.plan
     causes: Counter[str] = Counter()
     for part in quarantine:
-        causes.update(_column(output, part["path"], "cause").to_pylist())
+        causes.update(
+            pq.read_table(output.path(part["path"]), columns=["cause"], filesystem=output.fs)["cause"].to_pylist()
+        )
     num_ok = sum(part["num_rows"] for part in corpus)
     if num_ok + causes.total() != plan["num_rows"]:
         raise ValueError(f"{num_ok} ok + {causes.total()} quarantined rows are not the {plan['num_rows']} that came in")
@@ -371,10 +374,8 @@ def _num_repeated_ids(output: Storage, corpus: list[dict[str, Any]]) -> int:
     """Rows whose prompt_id an earlier row of the partition has too, by 64-bit hashes: 8 bytes a row."""
     hashes = [np.empty(0, np.uint64)]
     for part in corpus:
-        hashes.append(pd.util.hash_array(_column(output, part["path"], "prompt_id").to_numpy().astype(object)))
+        with output.fs.open(output.path(part["path"]), "rb") as file:
+            for batch in pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=["prompt_id"]):
+                hashes.append(pd.util.hash_array(batch["prompt_id"].to_numpy(zero_copy_only=False)))
     found = np.concatenate(hashes)
     return len(found) - len(np.unique(found))
-
-
-def _column(output: Storage, path: str, name: str) -> pa.ChunkedArray:
-    return pq.read_table(output.path(path), columns=[name], filesystem=output.fs)[name]
