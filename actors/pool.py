@@ -23,6 +23,9 @@ class PoolConfig(EngineConfig):
     units_in_flight: int = option(2, "units that one replica works on at the same time, to keep its engine full")
     num_gpus: int = option(0, "GPUs of one replica, all on one node")
     num_cpus: float = option(1.0, "CPUs that Ray sets aside for one replica")
+    label_selector: dict[str, str] = option(
+        {}, "Ray node labels that a replica's node must have, such as {pool: policy}"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,4 +115,5 @@ def add_pool(
         ),
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus or None,
+        label_selector=dict(config.label_selector) or None,
     )

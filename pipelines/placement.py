@@ -1,8 +1,8 @@
 """Fitting the pools onto the nodes before anything starts: what can never run is refused, with the arithmetic."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -20,10 +20,17 @@ class Need:
     count: int
     cpus: float
     gpus: float
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         each = f"{self.gpus:g} GPUs and {self.cpus:g} CPUs" if self.gpus else f"{self.cpus:g} CPUs"
-        return f"{self.name}: {self.count} x {each}"
+        where = "".join(f", on nodes with {label}={value}" for label, value in self.labels.items())
+        return f"{self.name}: {self.count} x {each}{where}"
+
+    def may_run_on(self, node: "Node") -> bool:
+        """Whether the node has the labels. Ray's other conditions, `!value` and `in(…)`, are left for Ray to decide."""
+        plain = {label: value for label, value in self.labels.items() if not value.startswith(("!", "in("))}
+        return all(node.labels.get(label) == value for label, value in plain.items())
 
 
 @dataclass(frozen=True)
@@ -33,9 +40,11 @@ class Node:
     name: str
     cpus: float
     gpus: float
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.gpus:g} GPUs, {self.cpus:g} CPUs"
+        labels = "".join(f", {label}={value}" for label, value in self.labels.items())
+        return f"{self.name}: {self.gpus:g} GPUs, {self.cpus:g} CPUs{labels}"
 
 
 def left_over(needs: list[Need], nodes: list[Node]) -> list[Need]:
@@ -47,9 +56,13 @@ def left_over(needs: list[Need], nodes: list[Node]) -> list[Need]:
     missing = []
     for need in sorted(needs, key=lambda need: (need.gpus, need.cpus), reverse=True):
         for placed in range(need.count):
-            room = [at for at in range(len(nodes)) if cpus[at] + 1e-6 >= need.cpus and gpus[at] + 1e-6 >= need.gpus]
+            room = [
+                at
+                for at, node in enumerate(nodes)
+                if cpus[at] + 1e-6 >= need.cpus and gpus[at] + 1e-6 >= need.gpus and need.may_run_on(node)
+            ]
             if not room:
-                missing.append(Need(need.name, need.count - placed, need.cpus, need.gpus))
+                missing.append(replace(need, count=need.count - placed))
                 break
             at = min(room, key=lambda at: (gpus[at], cpus[at]))
             cpus[at] -= need.cpus
@@ -82,7 +95,11 @@ def wait_until_placeable(needs: list[Need], wait_s: float, announce: Callable[[s
     )
     if error:
         raise error
-    request_resources(bundles=[{"CPU": need.cpus, "GPU": need.gpus} for need in needs for _ in range(need.count)])
+    each = [need for need in needs for _ in range(need.count)]
+    request_resources(
+        bundles=[{"CPU": need.cpus, "GPU": need.gpus} for need in each],
+        bundle_label_selectors=[dict(need.labels) for need in each],
+    )
     announce(f"waiting up to {wait_s:g} s for nodes: {'; '.join(map(str, left_over(needs, live_nodes())))}")
     deadline = time.monotonic() + wait_s
     while left_over(needs, live_nodes()):
@@ -97,7 +114,12 @@ def wait_until_placeable(needs: list[Need], wait_s: float, announce: Callable[[s
 def live_nodes() -> list[Node]:
     """The cluster's nodes with all that they have, used or not."""
     return [
-        Node(node["NodeManagerAddress"], node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        Node(
+            node["NodeManagerAddress"],
+            node["Resources"].get("CPU", 0.0),
+            node["Resources"].get("GPU", 0.0),
+            {label: value for label, value in node["Labels"].items() if not label.startswith("ray.io/")},
+        )
         for node in ray.nodes()
         if node["Alive"]
     ]
@@ -110,7 +132,12 @@ def declared_nodes() -> list[Node]:
         return []
     num_live = len(live_nodes())
     return [
-        Node(f"{group.name} (to be added)", group.resources.get("CPU", 0), group.resources.get("GPU", 0))
+        Node(
+            f"{group.name} (to be added)",
+            group.resources.get("CPU", 0),
+            group.resources.get("GPU", 0),
+            dict(group.labels),
+        )
         for group in config.node_group_configs
         for _ in range(max(0, int(group.max_count) - num_live if group.max_count > 0 else 0))
     ]

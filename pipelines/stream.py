@@ -103,7 +103,10 @@ def pipeline(
 
 def needs(config: AlignCorpusConfig) -> list[Need]:
     """Everything that must run at the same time for the job to get on: the pools, and Ray Data's own tasks."""
-    replicas = [Need(name, pool.replicas, pool.num_cpus, pool.num_gpus) for name, pool in pools(config).items()]
+    replicas = [
+        Need(name, pool.replicas, pool.num_cpus, pool.num_gpus, pool.label_selector)
+        for name, pool in pools(config).items()
+    ]
     return [*replicas, Need("reading", READERS, READ_CPUS, 0), Need("committing", COMMITTERS, COMMIT_CPUS, 0)]
 
 

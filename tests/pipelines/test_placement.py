@@ -28,6 +28,14 @@ def test_a_pool_without_gpus_leaves_the_gpu_nodes_to_those_that_need_them() -> N
     assert left_over([Need("policy", 4, 1, 0), Need("aligner", 4, 1, 1)], nodes) == []
 
 
+def test_a_pool_goes_only_to_nodes_with_its_labels() -> None:
+    nodes = [Node("a", 8, 4, {"pool": "policy"}), Node("b", 8, 4, {"pool": "aligner"})]
+    assert left_over([Need("policy", 4, 1, 1, {"pool": "policy"})], nodes) == []
+    (missing,) = left_over([Need("policy", 5, 1, 1, {"pool": "policy"})], nodes)
+    assert str(missing) == "policy: 1 x 1 GPUs and 1 CPUs, on nodes with pool=policy"
+    assert left_over([Need("policy", 5, 1, 1, {"pool": "!aligner"})], nodes) == []  # Ray's to decide
+
+
 def test_the_refusal_does_the_arithmetic() -> None:
     error = refusal([Need("policy", 2, 1, 1), Need("aligner", 3, 1, 8)], EIGHT, "on this cluster")
     assert str(error) == (
