@@ -1,0 +1,63 @@
+"""The README's code runs, its keys exist, and its links lead somewhere."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import reference_yaml
+from pipelines.corpus.publish import OutputConfig, publish
+from pipelines.corpus.storage import Storage
+from pipelines.settings import AlignCorpusConfig
+from tests.pipelines.corpus.fabricate import commit_units, fake_shard
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_ways_to_read_a_corpus_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = Storage(str(tmp_path / "out" / "sample"))
+    commit_units(output, fake_shard())
+    publish(output, OutputConfig(root=output.url))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert len(blocks("python")) == 2
+    num_rows = []
+    for code in blocks("python"):
+        names: dict[str, object] = {}
+        exec(code, names)
+        found = names["table"] if "table" in names else names["rows"]
+        num_rows.append(len(found))  # type: ignore[arg-type]
+    assert num_rows == [12, 12]
+
+
+def test_every_key_in_the_readme_exists() -> None:
+    known = _dotted(reference_yaml(AlignCorpusConfig))
+    named = set(re.findall(r"\b((?:input|output|policy|aligner|run|site)\.\w+)", README))
+    assert named - known - {"policy.py", "aligner.py"} == set()
+    assert len(named) > 10
+
+
+def test_every_link_leads_to_a_file() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_make_target_in_the_readme_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`make ([\w-]+)`|\$ make ([\w-]+)", README)):
+        name = target[0] or target[1]
+        assert re.search(rf"^{name}:", makefile, re.MULTILINE), name
+    assert shutil.which("make")
+
+
+def _dotted(text: str) -> set[str]:
+    import yaml
+
+    loaded = yaml.safe_load(text.replace("???", "null"))
+    return {f"{section}.{key}" for section, keys in loaded.items() if isinstance(keys, dict) for key in keys}
