@@ -1,0 +1,112 @@
+"""What stops a job: a user's mistake, another job on the same root, an engine that hangs; and what only looks."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import Reference, tiny_pool
+from tests.end_to_end.jobs import CommandLine, Job, files, stopped
+
+STALL_MINUTES = 0.3  # longer than a slow machine takes to start an engine; the tests in between run meanwhile
+LEASE_TTL_S = 3.0
+
+
+@dataclass(frozen=True)
+class Hanging:
+    """A job whose policy is going to do nothing any more, and how it was started."""
+
+    running: Job
+    arguments: list[str]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def started(command_line: CommandLine, prompts: Path, tiny_llama: Path, new_folder: Callable[[], Path]) -> Hanging:
+    """The job of `hanging`, which starts while the tests that need no cluster run."""
+    arguments = [
+        f"input.path={prompts}",
+        f"output.root={new_folder() / 'output'}",
+        *tiny_pool("policy", tiny_llama, max_tokens=400),
+        "policy.max_num_seqs=1",
+        "aligner=identity",
+        "run.unit_rows=4",
+        f"run.stall_minutes={STALL_MINUTES}",
+        f"run.lease_ttl_s={LEASE_TTL_S}",
+        "site.log_every_s=0.1",
+    ]
+    return Hanging(command_line.start(*arguments), arguments)
+
+
+@pytest.fixture(scope="module")
+def hanging(started: Hanging) -> Iterator[Hanging]:
+    running = started.running
+    running.until(lambda: re.search(r"policy: .* [1-9][0-9]* in flight", running.stderr), "the policy was at work")
+    (actor,) = running.actors("policy")
+    with stopped(actor):
+        yield started
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["policy.temprature=0.5"], "unknown key 'policy.temprature'; did you mean policy.temperature"),
+        (["policy.max_tokens=many"], "policy.max_tokens expects an integer, got 'many'"),
+        (["policy.model=./no-such-model"], "policy.model: there is no folder ./no-such-model"),
+        (["input.path=no-such-folder"], "input.path 'no-such-folder' does not exist"),
+    ],
+    ids=["unknown-key", "mistyped-value", "missing-model", "missing-input"],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, job: list[str], lone_command_line: CommandLine, tmp_path: Path
+) -> None:
+    completed = lone_command_line.run(*job, f"output.root={tmp_path / 'output'}", *arguments).expect(2)
+    (line,) = completed.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert completed.stdout == ""
+
+
+def test_help_lists_the_keys(lone_command_line: CommandLine) -> None:
+    completed = lone_command_line.run("--help").expect(0)
+    assert "policy.temperature" in completed.stdout
+    assert completed.stderr == ""
+
+
+def test_a_second_job_waits_and_is_then_refused(hanging: Hanging, lone_command_line: CommandLine) -> None:
+    second = lone_command_line.run(*hanging.arguments).expect(2)
+    waiting, refusal = second.errors
+    assert waiting.endswith(f"waiting up to {LEASE_TTL_S:g} s for a sign of life")
+    assert refusal.startswith(f"error: another job (pid {hanging.running.pid} on ")
+    assert "run again when it has ended" in refusal
+
+
+def test_progress_lines_say_what_each_pool_does(reference: Reference) -> None:
+    line = (
+        r"{}: [0-9]+/36 rows, [0-9.]+ rows/s, [0-9]+ tokens/s, [0-9]+ in flight, [0-9]+ failed, ETA ([0-9:]+|unknown)"
+    )
+    for pool in ("policy", "aligner"):
+        assert re.search(rf"^{line.format(pool)}$", reference.completed.stderr, re.MULTILINE)
+    assert re.search(r"^committed: [0-9]+/36 rows, 0 quarantined, ETA ", reference.completed.stderr, re.MULTILINE)
+
+
+def test_a_dry_run_shows_what_each_model_will_see_and_writes_nothing(
+    job: list[str], lone_command_line: CommandLine, tmp_path: Path
+) -> None:
+    completed = lone_command_line.run(*job, f"output.root={tmp_path / 'output'}", "--dry-run").expect(0)
+    assert "to do: 9 units, 36 rows" in completed.stdout
+    asked = "Tell me more about number 0."
+    policy, aligner = completed.stdout.split("prompt-0 as the policy sees it:")[1].split("as the aligner sees it:")[:2]
+    assert f"<|im_start|>user\n  {asked}<|im_end|>\n  <|im_start|>assistant" in policy
+    assert re.search(rf"<\|im_start\|>user\n.*{asked}.*\(the policy's answer\)", aligner, re.DOTALL)
+    assert not (tmp_path / "output").exists()
+    assert files(tmp_path) == {}
+
+
+def test_a_hanging_engine_ends_the_job_with_a_diagnosis(hanging: Hanging) -> None:
+    completed = hanging.running.wait().expect(4)
+    assert "error: nothing has moved for 0.3 minutes (run.stall_minutes)" in completed.stderr
+    assert re.search(r"  policy: engines running; .*; units in flight: [0-9a-f]{12}-[0-9]{10}-", completed.stderr)
+    assert re.search(r"  aligner: engines running; .*; units in flight: none", completed.stderr)
+    assert "the same command resumes" in completed.stderr

@@ -1,0 +1,217 @@
+"""What must not change the corpus does not: pools, batches, units, the order of writing, and how often it is run."""
+
+import asyncio
+import itertools
+import json
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import actors.decoding.loop
+import actors.policy
+import actors.pool
+from actors.aligner import AlignerStage
+from actors.contract import unpack
+from actors.engines.torch_engine import TorchEngine
+from actors.policy import PolicyStage
+from pipelines.config import compose
+from pipelines.corpus import plan as planning
+from pipelines.corpus.plan import make_plan
+from pipelines.corpus.read import read_spans
+from pipelines.corpus.shards import Input
+from pipelines.corpus.state import read_state
+from pipelines.corpus.storage import Storage
+from pipelines.settings import AlignCorpusConfig, pin_models
+from tests.end_to_end.conftest import RayHead, Reference, write_prompts
+from tests.end_to_end.jobs import CommandLine, Row, by_place, corpus
+
+# The run differs from `reference` in all that may differ; `test_nothing_else...` below tells which of it mattered.
+VARIED = [
+    "run.unit_rows=5", "run.task_mib=0", "policy.num_gpus=1", "policy.units_in_flight=3", "policy.max_num_seqs=7",
+    "aligner.num_gpus=1", "aligner.replicas=2", "aligner.max_num_seqs=2", "aligner.kv_cache_tokens=300",
+]  # fmt: skip
+ONE_BY_ONE = [
+    *VARIED, "policy.replicas=2", "policy.max_num_seqs=1", "aligner.units_in_flight=1", "policy.num_threads=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def varied(command_line: CommandLine, job: list[str], new_folder: Callable[[], Path]) -> list[Row]:
+    """The rows of a run that is unlike the reference, its shards written in another order."""
+    folder = new_folder()
+    prompts = write_prompts(folder / "prompts", order=(2, 0, 1))
+    command_line.run(*job, f"input.path={prompts}", f"output.root={folder / 'output'}", *VARIED).expect(0)
+    return corpus(folder / "output")
+
+
+def test_nothing_that_must_not_change_a_row_does(varied: list[Row], reference: Reference) -> None:
+    assert varied == reference.rows
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("override", ONE_BY_ONE)
+def test_nothing_else_than_the_rows_recipe_changes_a_row(
+    override: str, command_line: CommandLine, job: list[str], reference: Reference, tmp_path: Path
+) -> None:
+    command_line.run(*job, f"output.root={tmp_path}", override).expect(0)
+    assert corpus(tmp_path) == reference.rows
+
+
+@pytest.mark.long
+def test_a_sampled_aligner_after_a_greedy_policy_is_as_invariant(
+    command_line: CommandLine, job: list[str], reference: Reference, tmp_path: Path
+) -> None:
+    swapped = [*job, "policy.temperature=0", "policy.num_candidates=1", "aligner.temperature=0.8", "aligner.top_p=0.9"]
+    command_line.run(*swapped, f"output.root={tmp_path / 'one'}").expect(0)
+    command_line.run(*swapped, f"output.root={tmp_path / 'other'}", *VARIED).expect(0)
+    rows = corpus(tmp_path / "one")
+    assert len({row["aligned"][0]["text"] for row in rows}) == len(rows)
+    assert corpus(tmp_path / "other") == rows
+    assert [row["responses"][0]["text"] for row in rows] != [row["responses"][0]["text"] for row in reference.rows]
+
+
+@pytest.mark.usefixtures("varied")
+def test_pools_with_gpus_are_given_them(ray_head: RayHead) -> None:
+    token = Path(ray_head.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    request = urllib.request.Request(f"{ray_head.dashboard}/api/v0/actors?detail=1&limit=10000")
+    request.add_header("Authorization", f"Bearer {token}")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=30) as answer:
+        found = json.load(answer)["data"]["result"]["result"]
+    gpus = [
+        actor["required_resources"]["GPU"]
+        for actor in found
+        if "Stage" in actor["class_name"] and "GPU" in actor["required_resources"]
+    ]
+    assert len(gpus) >= 3  # a policy replica and two aligners
+    assert set(gpus) == {1.0}
+
+
+def test_rows_differ_from_each_other(reference: Reference) -> None:
+    """Else the comparisons above would compare nothing."""
+    responses = [response["text"] for row in reference.rows for response in row["responses"]]
+    aligned = [response["text"] for row in reference.rows for response in row["aligned"]]
+    seeds = [response["seed"] for row in reference.rows for response in (*row["responses"], *row["aligned"])]
+    assert len(reference.rows) == 36
+    assert len(set(responses)) == len(set(aligned)) == 72
+    assert len(set(seeds)) == 144
+    assert {"stop", "length"} <= {each["finish_reason"] for row in reference.rows for each in row["responses"]}
+
+
+# --- the same comparison finds what it is there to find ---------------------------------------------------------------
+
+
+class Silent:
+    """Stands for `actors.board.Reporter` where there is no board."""
+
+    def __init__(self, *arguments: Any) -> None: ...
+
+    async def report(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One of the ways to run a job that must come to the same."""
+
+    unit_rows: int
+    max_num_seqs: int
+    backwards: bool = False
+
+
+CUTS = [Cut(4, 32), Cut(5, 3, backwards=True)]
+
+
+@pytest.fixture
+def rows_of(
+    job: list[str], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Cut], list[Row]]:
+    """Makes the rows of the first shard of `job` in this process, through the same plan, reader and stages."""
+    monkeypatch.setattr(actors.pool, "Reporter", Silent)
+    monkeypatch.setattr(actors.pool, "build_engine", TorchEngine)  # in this process, where a mutation reaches it
+
+    def make(cut: Cut) -> list[Row]:
+        extra = [f"input.path={prompts / 'shard-0.parquet'}", f"output.root={tmp_path}"]
+        extra += [f"run.unit_rows={cut.unit_rows}", f"policy.max_num_seqs={cut.max_num_seqs}"]
+        config, _ = compose(AlignCorpusConfig, [*job, *extra], prog="", description="")
+        config = pin_models(config)
+        source, output = Input(config.input.path), Storage(config.output.root)
+        plan = make_plan(source, config.input, output, read_state(output), unit_rows=config.run.unit_rows)
+        units = list(read_spans(source, config.input, list(plan.spans)))
+        return by_place(asyncio.run(aligned(config, units[::-1] if cut.backwards else units)))
+
+    return make
+
+
+async def aligned(config: AlignCorpusConfig, units: list[Any]) -> list[Row]:
+    shared = {"run_seed": config.run.seed, "board": None, "sharers": 2}
+    policy = PolicyStage(config=config.policy, name="policy", **shared)
+    aligner = AlignerStage(config=config.aligner, name="aligner", **shared)
+    rows: list[Row] = []
+    for unit in units:
+        async for answered in policy(unit):
+            async for done in aligner(answered):
+                rows.extend(unpack(done).to_pylist())
+    for stage in (policy, aligner):
+        stage._engine.close()
+    names = ("prompt_id", "prompt", "responses", "aligned", "source", "topic")
+    return [{name: row[name] for name in names} for row in rows]
+
+
+def test_stages_in_this_process_make_the_same_rows(rows_of: Callable[[Cut], list[Row]], reference: Reference) -> None:
+    for cut in CUTS:
+        assert rows_of(cut) == reference.rows[:12]
+
+
+def seeds_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A candidate's seed is its position in the unit."""
+    columns = PolicyStage.columns
+    counter = itertools.count()
+
+    async def counted(self: PolicyStage, unit: Any) -> Any:
+        nonlocal counter
+        counter = itertools.count()
+        return await columns(self, unit)
+
+    monkeypatch.setattr(PolicyStage, "columns", counted)
+    monkeypatch.setattr(actors.policy, "candidate_seed", lambda *_: next(counter))
+
+
+def seeds_by_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A candidate's seed says how many came before it."""
+    counter = itertools.count()
+    monkeypatch.setattr(actors.policy, "candidate_seed", lambda *_: next(counter))
+
+
+def one_random_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Candidates draw from one generator, one after the other, whatever their seeds."""
+    stream = np.random.default_rng(0)
+    monkeypatch.setattr(actors.decoding.loop, "uniforms", lambda seed, count: stream.random(count))
+
+
+def rows_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan forgets the units that would not be full."""
+    cut = planning.units.cut
+
+    def full(start: int, stop: int, unit_rows: int) -> list[tuple[int, int]]:
+        return [(first, last) for first, last in cut(start, stop, unit_rows) if last - first == unit_rows]
+
+    monkeypatch.setattr(planning.units, "cut", full)
+
+
+@pytest.mark.parametrize("mutate", [seeds_by_position, seeds_by_arrival, one_random_stream, rows_left_over])
+def test_the_comparison_finds(
+    mutate: Callable[[pytest.MonkeyPatch], None],
+    rows_of: Callable[[Cut], list[Row]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+    for cut in CUTS:
+        with monkeypatch.context() as patch:
+            mutate(patch)
+            made.append(rows_of(cut))
+    assert made[0] != made[1]

@@ -1,0 +1,91 @@
+"""Killed at random moments, the same command at once makes the corpus of a run that nobody disturbed."""
+
+import random
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import Reference
+from tests.end_to_end.jobs import CommandLine, Job, corpus, manifests, num_units, unit_facts
+
+NUM_UNITS = 9
+NUM_KILLS = 20
+SLOW = ["policy.max_num_seqs=2", "aligner.max_num_seqs=1", "policy.units_in_flight=1"]  # so that there is time to kill
+
+
+def kill(job: Job, victim: str, rng: random.Random) -> None:
+    """kill -9 the driver, or an actor of a pool as soon as there is one."""
+    if victim == "driver":
+        job.process.kill()
+        job.process.wait()
+    else:
+        rng.choice(job.until(lambda: job.actors(victim), f"the {victim} pool was there to be killed")).kill()
+
+
+def num_made(stdout: str) -> int:
+    """Units that a run says it made."""
+    found = re.search(r"made: ([0-9]+) units", stdout)
+    return int(found[1]) if found else 0
+
+
+def test_kills_of_both_pools_and_of_the_driver_change_nothing(
+    command_line: CommandLine, job: list[str], reference: Reference, tmp_path: Path
+) -> None:
+    rng = random.Random(20)
+    root = tmp_path / "output"
+    arguments = [*job, *SLOW, f"output.root={root}"]
+    running = command_line.start(*arguments)
+    committed: dict[str, dict[str, object]] = {}
+
+    def kill_later(victim: str, num_more: int) -> None:
+        least = num_units(root) + num_more
+        running.until(lambda: num_units(root) >= least, f"{least} units were committed")
+        time.sleep(rng.uniform(0, 0.5))
+        committed.update(unit_facts(root))
+        kill(running, victim, rng)
+
+    first, second = rng.sample(["policy", "aligner"], 2)
+    kill_later(first, 1)
+    kill_later(second, 0)
+    kill_later("driver", 1)
+    assert 2 <= len(committed) < NUM_UNITS, "the kills came too late to say anything"
+    assert not manifests(root)
+
+    changed = command_line.run(*arguments, "policy.temperature=0.5").expect(2)
+    (message,) = changed.errors
+    assert "policy.temperature was 0.8 and is 0.5" in message
+    assert "wait to be published" in message
+
+    resumed = command_line.run(*arguments).expect(0)
+    assert "waiting" not in resumed.stderr, "a dead job's lease is taken over at once"
+    assert corpus(root) == reference.rows
+    after = unit_facts(root)
+    assert {name: after[name] for name in committed} == committed
+    assert num_made(resumed.stdout) <= NUM_UNITS - len(committed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(NUM_KILLS))
+def test_a_kill_at_any_moment_changes_nothing(
+    seed: int, command_line: CommandLine, job: list[str], reference: Reference, tmp_path: Path
+) -> None:
+    rng = random.Random(seed)
+    root = tmp_path / "output"
+    arguments = [*job, *SLOW, f"output.root={root}"]
+    victim = ("driver", "policy", "aligner")[seed % 3]
+    running = command_line.start(*arguments)
+    time.sleep(rng.uniform(0, 1.3 * reference.completed.seconds))  # SLOW takes longer: in all of its phases
+    committed = unit_facts(root)
+    if running.process.poll() is None:
+        kill(running, victim, rng)
+    if victim != "driver":
+        running.wait().expect(0)
+
+    resumed = command_line.run(*arguments).expect(0)
+    assert "waiting" not in resumed.stderr, "a dead job's lease is taken over at once"
+    assert corpus(root) == reference.rows
+    after = unit_facts(root)
+    assert {name: after[name] for name in committed} == committed
+    assert num_made(resumed.stdout) <= NUM_UNITS - len(committed)

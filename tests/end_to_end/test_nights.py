@@ -1,0 +1,234 @@
+"""The life of one output root: interrupted, resumed, and run again every night with new shards and a new config."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.end_to_end.jobs import (
+    CommandLine,
+    CompletedJob,
+    Row,
+    corpus,
+    files,
+    manifests,
+    num_units,
+    partition,
+    place,
+    unit_facts,
+    write_shard,
+)
+
+NUM_ROWS = 30
+NOTHING_NEW_S = 5.0
+
+
+@dataclass(frozen=True)
+class Life:
+    """Where it happens, and the command that is the same every night."""
+
+    folder: Path
+    arguments: list[str]
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "output"
+
+    def add_shard(self, night: int, num_rows: int) -> None:
+        prompts = [f"Question {number} of night {night}?" for number in range(num_rows)]
+        responses = [f"<think>Number {number}.</think>\n\nAnswer {number}." for number in range(num_rows)]
+        write_shard(self.folder / "prompts" / f"night-{night}.parquet", {"prompt": prompts, "response": responses})
+
+
+@pytest.fixture(scope="module")
+def life(new_folder: Callable[[], Path]) -> Life:
+    folder = new_folder()
+    arguments = [
+        "policy=stored", "aligner=identity", f"input.path={folder / 'prompts'}", "input.response_column=response",
+        f"output.root={folder / 'output'}", "output.keep_units=true", "run.unit_rows=1",
+    ]  # fmt: skip
+    found = Life(folder, arguments)
+    found.add_shard(1, NUM_ROWS)
+    return found
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    completed: CompletedJob
+    processes: list[psutil.Process]
+    leases: dict[str, bytes]
+    committed: dict[str, dict[str, object]]
+
+
+@pytest.fixture(scope="module")
+def interrupted(life: Life, lone_command_line: CommandLine) -> Interrupted:
+    """Ctrl-C on a terminal, where the job has started a Ray of its own."""
+    running = lone_command_line.start(*life.arguments)
+    running.until(lambda: num_units(life.root) >= 2, "two units were committed")
+    processes = psutil.Process(running.pid).children(recursive=True)
+    os.killpg(running.pid, signal.SIGINT)
+    return Interrupted(running.wait(), processes, files(life.root / "leases"), unit_facts(life.root))
+
+
+def test_ctrl_c_ends_a_job_in_order(interrupted: Interrupted, life: Life) -> None:
+    interrupted.completed.expect(130)
+    assert interrupted.completed.errors == [
+        "interrupted; what is committed is kept, and the same command goes on from there"
+    ]
+    assert "000001.released" in interrupted.leases
+    assert 2 <= len(interrupted.committed) < NUM_ROWS
+
+
+def test_ctrl_c_leaves_no_process_of_its_own_ray(interrupted: Interrupted) -> None:
+    assert len(interrupted.processes) > 5
+    _, alive = psutil.wait_procs(interrupted.processes, timeout=15)
+    assert not alive
+
+
+@dataclass(frozen=True)
+class Terminated:
+    completed: CompletedJob
+    leases: dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def terminated(life: Life, interrupted: Interrupted, command_line: CommandLine) -> Terminated:
+    """SIGTERM on a cluster, as a scheduler sends it."""
+    before = num_units(life.root)
+    running = command_line.start(*life.arguments)
+    running.until(lambda: num_units(life.root) >= before + 2, "two more units were committed")
+    running.process.terminate()
+    return Terminated(running.wait(), files(life.root / "leases"))
+
+
+@pytest.mark.long
+def test_sigterm_ends_a_job_like_ctrl_c(terminated: Terminated) -> None:
+    terminated.completed.expect(130)
+    assert "000002.released" in terminated.leases
+
+
+@dataclass(frozen=True)
+class FirstNight:
+    completed: CompletedJob
+    committed: dict[str, dict[str, object]]
+
+
+@pytest.fixture(scope="module")
+def first_night(life: Life, interrupted: Interrupted, command_line: CommandLine) -> FirstNight:
+    committed = unit_facts(life.root)
+    return FirstNight(command_line.run(*life.arguments), committed)
+
+
+def test_the_same_command_makes_only_what_was_left(first_night: FirstNight, life: Life) -> None:
+    first_night.completed.expect(0)
+    assert f"made: {NUM_ROWS - len(first_night.committed)} units" in first_night.completed.stdout
+    facts = unit_facts(life.root)
+    assert {name: facts[name] for name in first_night.committed} == first_night.committed
+
+
+def test_stored_answers_are_parted_from_their_reasoning(first_night: FirstNight, life: Life) -> None:
+    rows = partition(life.root, manifests(life.root)[0], "corpus")
+    assert [row["prompt"] for row in rows] == [
+        [{"role": "user", "content": f"Question {number} of night 1?"}] for number in range(NUM_ROWS)
+    ]
+    assert [(row["responses"][0]["reasoning"], row["responses"][0]["text"]) for row in rows] == [
+        (f"Number {number}.", f"Answer {number}.") for number in range(NUM_ROWS)
+    ]
+    assert [row["aligned"][0]["text"] for row in rows] == [f"Answer {number}." for number in range(NUM_ROWS)]
+
+
+@dataclass(frozen=True)
+class SecondNight:
+    completed: CompletedJob
+    first_before: dict[str, bytes]
+    first_after: dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def second_night(life: Life, first_night: FirstNight, command_line: CommandLine) -> SecondNight:
+    first = life.root / "corpus" / "run=000001"
+    before = files(first)
+    life.add_shard(2, 2)
+    return SecondNight(command_line.run(*life.arguments), before, files(first))
+
+
+def test_a_new_shard_makes_only_its_own_units(second_night: SecondNight, life: Life) -> None:
+    second_night.completed.expect(0)
+    assert "made: 2 units, 2 rows" in second_night.completed.stdout
+    assert [row["source"]["shard"] for row in partition(life.root, manifests(life.root)[1], "corpus")] == [
+        "night-2.parquet"
+    ] * 2
+
+
+def test_a_published_partition_is_never_touched_again(second_night: SecondNight) -> None:
+    assert {"_SUCCESS", "manifest.json", "plan.json", "part-00000.parquet"} == set(second_night.first_before)
+    assert second_night.first_after == second_night.first_before
+
+
+def test_a_night_without_new_shards_ends_at_once(
+    second_night: SecondNight, life: Life, lone_command_line: CommandLine
+) -> None:
+    before = {path: content for path, content in files(life.root).items() if not path.startswith("leases/")}
+    completed = lone_command_line.run(*life.arguments).expect(0)
+    assert "nothing new: 32 rows in 2 partitions" in completed.stdout
+    assert completed.seconds < NOTHING_NEW_S
+    after = {path: content for path, content in files(life.root).items() if not path.startswith("leases/")}
+    assert after == before
+
+
+CHANGED = ["policy.temperature=0.5", "run.seed=7"]
+
+
+def test_a_changed_config_is_refused_with_both_values(
+    second_night: SecondNight, life: Life, lone_command_line: CommandLine
+) -> None:
+    before = len(manifests(life.root))
+    completed = lone_command_line.run(*life.arguments, *CHANGED).expect(2)
+    (message,) = completed.errors
+    assert "policy.temperature was 0.0 and is 0.5; run.seed was 0 and is 7" in message
+    assert "run.accept_changes=true" in message
+    assert len(manifests(life.root)) == before
+
+
+@dataclass(frozen=True)
+class ThirdNight:
+    """A new shard and an accepted change: a limited run, and one without the limit that cuts units otherwise."""
+
+    rows_before: list[Row]
+    limited: CompletedJob
+    rest: CompletedJob
+
+
+@pytest.fixture(scope="module")
+def third_night(life: Life, second_night: SecondNight, command_line: CommandLine) -> ThirdNight:
+    before = corpus(life.root)
+    life.add_shard(3, 25)
+    changed = [*life.arguments, *CHANGED, "run.accept_changes=true"]
+    limited = command_line.run(*changed, "--limit", "10", "run.unit_rows=3")
+    return ThirdNight(before, limited, command_line.run(*changed, "run.unit_rows=256"))
+
+
+def test_an_accepted_change_holds_for_new_units_only(third_night: ThirdNight, life: Life) -> None:
+    third_night.limited.expect(0)
+    assert corpus(life.root)[: len(third_night.rows_before)] == third_night.rows_before
+    one, two, three, four = manifests(life.root)
+    assert one["fingerprints"] == two["fingerprints"] != three["fingerprints"] == four["fingerprints"]
+    (run,) = three["runs"]
+    record = json.loads((life.root / "runs" / f"{run:06d}.json").read_bytes())
+    assert record["fingerprint"]["policy.temperature"] == 0.5
+    assert record["num_units"] == 4
+
+
+def test_a_limit_makes_whole_units_and_the_next_run_every_other_row_once(third_night: ThirdNight, life: Life) -> None:
+    third_night.rest.expect(0)
+    three, four = manifests(life.root)[2:]
+    rows = [*partition(life.root, three, "corpus"), *partition(life.root, four, "corpus")]
+    # 8 rows a row group, 3 rows a unit: 3 + 3 + 2 + 3
+    assert (three["num_rows"], four["num_rows"]) == (11, 14)
+    assert [place(row) for row in rows] == [("night-3.parquet", number) for number in range(25)]
+    assert [row["responses"][0]["text"] for row in rows] == [f"Answer {number}." for number in range(25)]
