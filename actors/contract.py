@@ -127,6 +127,10 @@ class RowError(Exception):
         return f"{self.cause}: {self.message}"
 
 
+class TransientError(Exception):
+    """An outage of a store or endpoint: never quarantined. The job ends with 5 and can be resumed."""
+
+
 # --- config fields --------------------------------------------------------------------------------------------------
 
 

@@ -61,7 +61,11 @@ class ModelStage:
         self._started: Engine | None = None
         self._reporter = Reporter(board, name, self._now)
         num_threads = config.num_threads or max(1, (os.cpu_count() or 1) // max(1, sharers))
-        self._started = self._engine = build_engine(config, num_threads)
+        self._mistake: ConfigError | None = None
+        try:
+            self._started = self._engine = build_engine(config, num_threads)
+        except ConfigError as error:
+            self._mistake = error  # told with the first unit: Ray prints what a constructor raises, again and again
 
     def _now(self) -> Snapshot:
         if self._started is None:
@@ -81,6 +85,8 @@ class ModelStage:
         raise NotImplementedError
 
     async def __call__(self, packed: pa.Table) -> AsyncIterator[pa.Table]:
+        if self._mistake is not None:
+            raise self._mistake
         unit = unpack(packed)
         name = label(packed, "unit")
         self._units[name] = None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root instead of this folder: each module has one name
 
-from actors.contract import ConfigError
+from actors.contract import ConfigError, TransientError
 from pipelines import report
 from pipelines.config import Flags, compose
 from pipelines.corpus.lease import Held, Lease
@@ -26,11 +26,12 @@ from pipelines.corpus.storage import Storage
 from pipelines.settings import AlignCorpusConfig, fingerprint, pin_models, run_record
 from pipelines.stream import connect, stream
 
-DONE, USER_ERROR, NOT_CLEAN, INTERRUPTED = 0, 2, 3, 130
+DONE, USER_ERROR, NOT_CLEAN, OUTAGE, INTERRUPTED = 0, 2, 3, 5, 130
 
 
 def main(argv: list[str]) -> int:
-    """Run the job. Returns the exit code: 0 done, 2 the user's mistake, 3 bad shards or too much quarantined."""
+    """Run the job. Returns the exit code: 0 done, 2 the user's mistake, 3 bad shards or too much quarantined, 5 an
+    outage, 130 interrupted; 4, a stall, ends the process from within `pipelines.progress`."""
     try:
         config, flags = compose(
             AlignCorpusConfig,
@@ -43,6 +44,9 @@ def main(argv: list[str]) -> int:
     except (ConfigError, Held) as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
+    except TransientError as error:
+        print(f"error: {error}; what is committed is kept, and the same command goes on from there", file=sys.stderr)
+        return OUTAGE
     except KeyboardInterrupt:
         report.say("interrupted; what is committed is kept, and the same command goes on from there")
         return INTERRUPTED

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import time
 import warnings
 
@@ -12,7 +13,7 @@ from ray.data._internal.execution import backpressure_policy as backpressure
 
 from actors.aligner import AlignerStage
 from actors.board import Board
-from actors.contract import ConfigError
+from actors.contract import ConfigError, TransientError
 from actors.policy import PolicyStage
 from actors.pool import add_pool
 from pipelines import report
@@ -50,7 +51,10 @@ BACKPRESSURE = [
 
 
 def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan, run: int) -> None:
-    """Make and commit every unit of the plan. Raises ConfigError for a mistake that only an actor could find."""
+    """Make and commit every unit of the plan.
+
+    Raises ConfigError for a mistake that only an actor could find, and TransientError for an outage.
+    """
     started = time.monotonic()
     board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board).remote()
     tally = Tally()
@@ -65,10 +69,10 @@ def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan
             for row in committed.iter_rows():
                 tally.add(row)
         except ray.exceptions.RayError as error:
-            mistake = _users_mistake(error)
-            if mistake is None:
+            told = _told(error)
+            if told is None:
                 raise
-            raise mistake from None
+            raise told from None
     report.print_throughput(read_board(board), tally, time.monotonic() - started)
 
 
@@ -80,7 +84,7 @@ def pipeline(
     context.target_max_block_size = max(1, int(config.run.task_mib * 2**20))  # 1 byte: every unit a block of its own
     context.enable_progress_bars = False  # ours speak of rows and tokens
     context.set_config(backpressure.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, BACKPRESSURE)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised here, too
     warnings.filterwarnings("ignore", module=r"ray\.data")
     shared = {"board": board, "sharers": sum(pool.replicas for pool in pools(config).values() if not pool.num_gpus)}
     units = UnitSource(source, config.input, plan.spans)
@@ -134,12 +138,10 @@ def _join_or_start(config: AlignCorpusConfig) -> None:
     )
 
 
-def _users_mistake(error: BaseException | None) -> ConfigError | None:
-    """The ConfigError that an actor raised, out of the wrapping that Ray puts around it."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, ConfigError):
-            return ConfigError(str(error.args[0]) if error.args else str(error))
-        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+def _told(error: ray.exceptions.RayError) -> ConfigError | TransientError | None:
+    """What an actor raised for a person: of an error's causes Ray Data hands on nothing but their text."""
+    for kind in (ConfigError, TransientError):
+        found = re.search(rf"^{kind.__module__}\.{kind.__name__}: (.+)$", str(error), re.MULTILINE)
+        if found:
+            return kind(found[1])
     return None

@@ -1,5 +1,6 @@
 """Engines make completions; this is the one place that knows their names."""
 
+from actors.contract import ConfigError
 from actors.engines.base import Engine, EngineConfig
 from actors.engines.hosted import HostedEngine
 from actors.engines.stored import StoredEngine
@@ -15,11 +16,23 @@ def build_engine(config: EngineConfig, num_threads: int) -> Engine:
     """
     if config.engine == "stored":
         return StoredEngine(config)
+    if config.engine == "openai":
+        from actors.engines.openai_engine import OpenAIEngine
+
+        return OpenAIEngine(config)
     return HostedEngine(_build_here, config, num_threads)
 
 
 def _build_here(config: EngineConfig, num_threads: int) -> Engine:
     """The engine itself, in this process."""
+    if config.engine == "vllm":
+        try:
+            from vllm import __version__  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(f"engine is vllm, but vllm cannot be imported here ({error})") from error
+        from actors.engines.vllm_engine import VllmEngine
+
+        return VllmEngine(config, num_threads)
     from actors.engines.torch_engine import TorchEngine  # torch and transformers take seconds to import
 
     return TorchEngine(config, num_threads)

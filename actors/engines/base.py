@@ -1,7 +1,8 @@
 """The contract of an engine: requests in, completions out, asynchronously, many at once."""
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
+from urllib.parse import urlsplit
 
 from omegaconf import MISSING
 
@@ -10,13 +11,30 @@ from actors.contract import ConfigError, option
 Messages = tuple[tuple[str, str], ...]
 """A chat as (role, content) pairs."""
 
+OPENAI = "https://api.openai.com/v1"
+"""Where `base_url: null` leads."""
+
+_KEYS_OF_THEIR_OWN = {
+    "model", "revision", "dtype", "max_model_len", "max_num_seqs", "tensor_parallel_size", "trust_remote_code", "seed",
+}  # fmt: skip
+_ENGINES_OF = {
+    "engine_kwargs": ("vllm",),
+    "tensor_parallel_size": ("vllm",),
+    "base_url": ("openai",),
+    "revision": ("torch", "vllm", "stored"),
+    "max_model_len": ("torch", "vllm", "stored"),
+}
+"""Keys that some engines do not know: set for one of those, they would be silently without effect."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:
     """How tokens are made. Shared by every pool that holds a model."""
 
-    engine: Literal["torch", "stored"] = option("torch", "how tokens are made", changes_rows=True)
-    model: str = option(MISSING, "folder or hub id of the model; a provenance label for `stored`")
+    engine: Literal["torch", "vllm", "openai", "stored"] = option("torch", "how tokens are made", changes_rows=True)
+    model: str = option(
+        MISSING, "folder or hub id of the model; its name at the endpoint for `openai`; a provenance label for `stored`"
+    )
     revision: str | None = option(None, "branch, tag or commit of a hub id; resolved to a commit when the run starts")
     max_tokens: int = option(512, "most tokens to make per candidate", changes_rows=True)
     temperature: float = option(
@@ -31,10 +49,21 @@ class EngineConfig:
     dtype: Literal["bfloat16", "float32", "float16"] = option("bfloat16", "of weights and KV cache", changes_rows=True)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "`auto` is cuda where there is one")
     max_num_seqs: int = option(32, "candidates decoded at the same time by one replica")
-    kv_cache_tokens: int = option(131072, "most tokens (rows x longest row) the torch engine's KV cache may hold")
+    kv_cache_tokens: int = option(
+        131072, "most tokens (rows x longest row) the KV cache may hold; `vllm` on a GPU fills gpu_memory_utilization"
+    )
     num_threads: int | None = option(
         None, "CPU threads of one replica; null: the node's cores shared between the pools"
     )
+    # Like `device`, not in the fingerprint: shards of a matrix add up in another order, which only moves rounding.
+    tensor_parallel_size: int = option(1, "GPUs (processes on a CPU) that each layer is split over; `vllm` only")
+    engine_kwargs: dict[str, Any] = option(
+        {}, "further arguments of vLLM's AsyncEngineArgs, which checks them", changes_rows=True
+    )
+    base_url: str | None = option(None, "of the `openai` endpoint, ending in /v1; null: OpenAI's own")
+    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the endpoint's key, if it wants one")
+    request_timeout_s: float = option(300.0, "seconds after which a request to the endpoint is given up and retried")
+    retry_s: float = option(600.0, "seconds that an endpoint may be out before the job stops; it can be resumed")
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -49,6 +78,25 @@ class EngineConfig:
             raise ConfigError(f"max_num_seqs must be at least 1, got {self.max_num_seqs}")
         if any(not text for text in self.stop):
             raise ConfigError("stop must not hold an empty string")
+        if self.tensor_parallel_size < 1:
+            raise ConfigError(f"tensor_parallel_size must be at least 1, got {self.tensor_parallel_size}")
+        if self.request_timeout_s <= 0:
+            raise ConfigError(f"request_timeout_s must be more than 0, got {self.request_timeout_s}")
+        if self.retry_s < 0:
+            raise ConfigError(f"retry_s must be 0 or more, got {self.retry_s}")
+        if taken := sorted(_KEYS_OF_THEIR_OWN.intersection(self.engine_kwargs)):
+            hint = "is not to be had" if taken[0] in ("trust_remote_code", "seed") else "has a key of its own"
+            raise ConfigError(f"engine_kwargs.{taken[0]}: {taken[0]} {hint}; take it out of engine_kwargs")
+        for name, engines in _ENGINES_OF.items():
+            unset = {"engine_kwargs": {}, "tensor_parallel_size": 1}.get(name)
+            if getattr(self, name) != unset and self.engine not in engines:
+                raise ConfigError(f"{name} has no effect with engine={self.engine}: it is for {' and '.join(engines)}")
+        if self.base_url is not None:
+            url = urlsplit(self.base_url)
+            if url.username or url.password or url.query:
+                raise ConfigError("base_url must hold no user, password or query: the key is read from api_key_env")
+            if url.scheme not in ("http", "https") or not url.hostname:
+                raise ConfigError(f"base_url must be like https://host/v1, got {self.base_url!r}")
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from actors.contract import ConfigError
-from actors.engines.base import EngineConfig
+from actors.engines.base import OPENAI, EngineConfig
 
 Config = TypeVar("Config", bound=EngineConfig)
 
@@ -19,7 +20,7 @@ def pinned(config: Config, section: str) -> Config:
 
     Raises ConfigError, naming `section`, where there is no such model.
     """
-    if config.engine == "stored":
+    if config.engine in ("stored", "openai"):
         return config
     folder = Path(config.model).expanduser()
     if folder.is_dir():
@@ -34,9 +35,15 @@ def pinned(config: Config, section: str) -> Config:
 
 
 def identity(config: EngineConfig) -> str:
-    """16 hex digits over config, tokenizer and safetensors headers with sizes and mtimes; a commit; or `stored`."""
+    """16 hex digits over config, tokenizer and safetensors headers with sizes and mtimes; a commit; or `stored`.
+
+    Of an endpoint it is the host's name, all that can be known: two hosts may serve different models by one name, while
+    the ports and paths of one host are taken for replicas.
+    """
     if config.engine == "stored":
         return "stored"
+    if config.engine == "openai":
+        return f"at {urlsplit(config.base_url or OPENAI).hostname}"
     folder = Path(config.model)
     if not folder.is_absolute():
         return str(config.revision)
@@ -56,9 +63,9 @@ def safetensors_header(path: Path) -> bytes:
 
 
 def weight_bytes(config: EngineConfig) -> int | None:
-    """Bytes of a local model's weights in the configured dtype, from its headers; None for a hub id or `stored`."""
+    """Bytes of a local model's weights in the configured dtype, from its headers; None for every other model."""
     folder = Path(config.model)
-    if config.engine == "stored" or not folder.is_absolute():
+    if config.engine in ("stored", "openai") or not folder.is_absolute():
         return None
     width = 4 if config.dtype == "float32" else 2
     num_values = 0

