@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import re
+import signal
 import time
 import warnings
 
@@ -121,6 +122,7 @@ def connect(config: AlignCorpusConfig) -> None:
     """
     if not ray.is_initialized():
         _join_or_start(config)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there, which exits with 15
     wait_until_placeable(needs(config), config.run.wait_for_resources_s, announce=report.say)
 
 

@@ -1,6 +1,7 @@
 """An engine that outlives its own deaths: rebuilt in a new process, with the request that kills it found and failed."""
 
 import asyncio
+import contextlib
 from collections import Counter, deque
 from dataclasses import fields
 
@@ -26,7 +27,7 @@ class HostedEngine:
     def __init__(self, build: Build, config: EngineConfig, num_threads: int) -> None:
         plain = EngineConfig(**{field.name: getattr(config, field.name) for field in fields(EngineConfig)})
         self._arguments = (build, plain, num_threads)  # of its base class, so that the child imports no pool and no Ray
-        self._process = EngineProcess(*self._arguments)
+        self._process = self._new_process()
         self._tokens_before = 0  # made by processes that have died
         self._suspects: list[tuple[Request, asyncio.Future[Completion]]] = []
         self._inquiry: asyncio.Task[None] | None = None
@@ -107,12 +108,13 @@ class HostedEngine:
         return False
 
     async def _rebuild(self) -> None:
-        """A new process for the dead one. Raises EngineDied when MAX_STARTS in a row die while they start."""
+        """A new process for the dead one. Raises EngineDied like `_new_process`."""
         self._tokens_before += self._process.stats().num_tokens
-        for start in range(MAX_STARTS):
-            try:
-                self._process = await asyncio.to_thread(EngineProcess, *self._arguments)
-                return
-            except EngineDied:
-                if start == MAX_STARTS - 1:
-                    raise
+        self._process = await asyncio.to_thread(self._new_process)
+
+    def _new_process(self) -> EngineProcess:
+        """Raises EngineDied when MAX_STARTS in a row die while they start."""
+        for _ in range(MAX_STARTS - 1):
+            with contextlib.suppress(EngineDied):
+                return EngineProcess(*self._arguments)
+        return EngineProcess(*self._arguments)

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.end_to_end.jobs import CommandLine, CompletedJob, Row, corpus, plain_environment, write_shard
+from tests.end_to_end.jobs import CommandLine, CompletedJob, Row, corpus, heed_ctrl_c, plain_environment, write_shard
 
 NUM_CPUS = 32  # logical: more than any two jobs of these tests take together
 NUM_GPUS = 4
@@ -59,7 +59,9 @@ def ray_head(request: pytest.FixtureRequest) -> Iterator[RayHead]:
     command += ["--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder / 'ray'}"]
     command += [f"--num-cpus={NUM_CPUS}", f"--num-gpus={NUM_GPUS}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
     with (folder / "log").open("wb") as log:
-        head = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        head = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=heed_ctrl_c
+        )
     try:
         request.getfixturevalue("tiny_llama")  # is built while the head starts
         _wait_until_up(head, folder / "log")

@@ -68,7 +68,7 @@ class Job:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
                 start_new_session=True,  # a foreground process group of its own, as on a terminal
-                preexec_fn=_heed_ctrl_c,
+                preexec_fn=heed_ctrl_c,
             )  # fmt: skip
         self.pid = self.process.pid
 
@@ -106,8 +106,8 @@ class Job:
         return found
 
 
-def _heed_ctrl_c() -> None:
-    """Undo what a shell does to commands that it starts in the background, these tests perhaps among them."""
+def heed_ctrl_c() -> None:
+    """In a new process: undo what a shell does to commands in the background, these tests perhaps among them."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -1,5 +1,6 @@
 """Killed at random moments, the same command at once makes the corpus of a run that nobody disturbed."""
 
+import contextlib
 import random
 import re
 import time
@@ -17,18 +18,21 @@ SLOW = ["policy.max_num_seqs=2", "aligner.max_num_seqs=1", "policy.units_in_flig
 
 
 def kill(job: Job, victim: str, rng: random.Random) -> None:
-    """kill -9 the driver, an actor of a pool, or the engine of any, as soon as there is one."""
+    """kill -9 the driver, an actor of a pool, or any pool's engine, as soon as there is one; none if the job ends."""
 
-    def found() -> list[psutil.Process]:
+    def ended_or_found() -> list[psutil.Process | None]:
+        if job.process.poll() is not None:
+            return [None]
         if victim != "engine":
-            return job.actors(victim)
+            return list(job.actors(victim))
         return [engine for pool in STAGES for actor in job.actors(pool) for engine in children(actor)]
 
     if victim == "driver":
         job.process.kill()
         job.process.wait()
-    else:
-        rng.choice(job.until(found, f"there was a process of the {victim} to be killed")).kill()
+    elif found := rng.choice(job.until(ended_or_found, f"there was a process of the {victim} to be killed")):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.kill()
 
 
 def num_made(stdout: str) -> int:

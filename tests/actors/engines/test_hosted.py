@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -25,6 +26,9 @@ class Scripted:
         with self.starts.open("a") as file:
             file.write(f"{os.getpid()}\n")
         if self.starts.with_suffix(".broken").exists():
+            os._exit(7)
+        if self.starts.with_suffix(".broken-once").exists():
+            self.starts.with_suffix(".broken-once").unlink()
             os._exit(7)
 
     async def generate(self, request: Request) -> Completion:
@@ -124,6 +128,14 @@ def test_requests_that_come_during_an_inquiry_wait_and_are_answered(starts: Path
     engine.close()
 
 
+def test_a_death_during_the_first_start_is_survived(starts: Path) -> None:
+    starts.with_suffix(".broken-once").touch()
+    engine = HostedEngine(Scripted, config_of(starts), 1)
+    assert asyncio.run(ask(engine, ["a"])) == ["A"]
+    engine.close()
+    assert num_starts(starts) == 2
+
+
 def test_an_engine_that_cannot_start_again_ends_every_request_with_an_error(starts: Path) -> None:
     engine = HostedEngine(Scripted, config_of(starts), 1)
     starts.with_suffix(".broken").touch()
@@ -150,8 +162,9 @@ def test_a_wrong_config_is_told_as_such(starts: Path) -> None:
 
 def test_the_process_ends_with_its_owner(starts: Path) -> None:
     process = EngineProcess(Scripted, config_of(starts), 1)
-    process._pipe.close()  # what the end of the owner does
-    deadline = time.monotonic() + 5
+    with socket.socket(fileno=os.dup(process._pipe.fileno())) as ours:
+        ours.shutdown(socket.SHUT_RDWR)  # what the end of the owner does, while its reader waits on the same socket
+    deadline = time.monotonic() + 20
     while process._child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert process._child.poll() == 0
