@@ -37,7 +37,7 @@ class AlignerStage(ModelStage):
     async def columns(self, unit: pa.Table) -> Columns:
         """Raises whatever is the engine's fault; a fault of one request ends in that candidate's `error`."""
         rows = unit.select(["prompt_id", "prompt", "responses", "problem"]).to_pylist()
-        aligned = await asyncio.gather(*(self._aligned(row) for row in rows))
+        aligned = await self.each(self._aligned, rows)
         problems = [
             row["problem"] or lost(row["responses"], "policy") or lost(found, "aligner")
             for row, found in zip(rows, aligned, strict=True)
@@ -63,7 +63,8 @@ class AlignerStage(ModelStage):
         try:
             if response["status"] != "ok":
                 raise RowError("response_failed", "there is no response to align")
-            prompt = aligner_input(self._config, messages, answer)
+            stored = self._config.engine == "stored"
+            prompt = messages if stored else aligner_input(self._config, messages, answer)
             completion = await self._engine.generate(Request(prompt, seed, stored=answer))
             text = completion.text.strip()
             if not text:

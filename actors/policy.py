@@ -47,7 +47,7 @@ class PolicyStage(ModelStage):
         """Raises whatever is the engine's fault; a fault of one request ends in that candidate's `error`."""
         names = ["prompt_id", "prompt", "problem", *({"stored", "responses"} & set(unit.column_names))]
         rows = unit.select(names).to_pylist()
-        answered = await asyncio.gather(*(self._answers(row) for row in rows))
+        answered = await self.each(self._answers, rows)
         responses = [(row.get("responses") or []) + answers for row, answers in zip(rows, answered, strict=True)]
         num_failed = sum(not any(answer["status"] == "ok" for answer in answers) for answers in answered)
         return Columns({"responses": pa.array(responses, RESPONSES)}, num_failed)

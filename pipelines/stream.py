@@ -7,7 +7,9 @@ import re
 import signal
 import time
 import warnings
+from typing import Any
 
+import pyarrow as pa
 import ray
 import ray.data
 from ray.data._internal.execution import backpressure_policy as backpressure
@@ -31,17 +33,30 @@ from pipelines.settings import AlignCorpusConfig, fingerprint, pools
 READ_CPUS = 0.25
 COMMIT_CPUS = 0.25
 READERS = 2
-COMMITTERS = 4
+COMMITS_AT_ONCE = 8
+AHEAD = 4
 
 
-class HeldBack(backpressure.DownstreamCapacityBackpressurePolicy):  # type: ignore[misc]  # Ray has no types
-    """Ray's own rule, a pool waits when the next has twice the work that it can hold, from the first byte on.
+class HeldBack(backpressure.BackpressurePolicy):  # type: ignore[misc]  # Ray has no types
+    """A stage waits while the next one has as many tasks waiting as it has running, and AHEAD at least.
 
-    By default it sets in when half the object store is full. Prompts are small: a fast policy would have answered the
-    whole corpus by then, and a crash would lose it.
+    Ray's own rule sets in when half the object store is full, and not before the next stage runs. Prompts are small: a
+    fast policy would have answered the whole corpus by then, and a crash would lose it.
     """
 
-    OBJECT_STORE_BUDGET_UTIL_THRESHOLD = 0.0
+    @property
+    def name(self) -> str:
+        return "HeldBack"
+
+    def can_add_input(self, op: Any) -> bool:
+        return all(
+            self._topology[next_op].total_enqueued_input_blocks() < max(AHEAD, next_op.num_active_tasks())
+            for next_op in op.output_dependencies
+        )
+
+    def max_task_output_bytes_to_read(self, op: Any) -> int | None:
+        """Also of a task that makes many blocks, as reading does: Ray holds it back where its outputs are not taken."""
+        return None if self.can_add_input(op) else 0
 
 
 BACKPRESSURE = [
@@ -84,6 +99,7 @@ def pipeline(
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = max(1, int(config.run.task_mib * 2**20))  # 1 byte: every unit a block of its own
     context.enable_progress_bars = False  # ours speak of rows and tokens
+    context.memory_usage_poll_interval_s = None  # a thread of every stage that reads /proc/self/smaps each second
     context.set_config(backpressure.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, BACKPRESSURE)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised here, too
     warnings.filterwarnings("ignore", module=r"ray\.data")
@@ -100,10 +116,23 @@ def pipeline(
         )  # fmt: skip
         first_candidate += policy.num_candidates
     dataset = add_pool(dataset, AlignerStage, config.aligner, name="aligner", run_seed=config.run.seed, **shared)
-    return dataset.map_batches(
-        committer, batch_size=1, batch_format="pyarrow", num_cpus=COMMIT_CPUS,
-        compute=ray.data.TaskPoolStrategy(size=COMMITTERS),
+    return dataset.map_batches(  # actors: Ray ends idle task workers, and a new process a unit costs more than the unit
+        Committing, fn_constructor_args=[committer], batch_size=1, batch_format="pyarrow", num_cpus=COMMIT_CPUS,
+        compute=ray.data.ActorPoolStrategy(
+            size=1, max_concurrent_calls_per_actor=COMMITS_AT_ONCE, max_tasks_in_flight_per_actor=COMMITS_AT_ONCE,
+            enable_true_multi_threading=True,
+        ),
     )  # fmt: skip
+
+
+class Committing:
+    """The last stage: a committer, as the class that Ray Data wants an actor's work to be."""
+
+    def __init__(self, committer: Committer) -> None:
+        self._committer = committer
+
+    def __call__(self, packed: pa.Table) -> pa.Table:
+        return self._committer(packed)
 
 
 def needs(config: AlignCorpusConfig) -> list[Need]:
@@ -112,7 +141,7 @@ def needs(config: AlignCorpusConfig) -> list[Need]:
         Need(name, pool.replicas, pool.num_cpus, pool.num_gpus, pool.label_selector)
         for name, pool in pools(config).items()
     ]
-    return [*replicas, Need("reading", READERS, READ_CPUS, 0), Need("committing", COMMITTERS, COMMIT_CPUS, 0)]
+    return [*replicas, Need("reading", READERS, READ_CPUS, 0), Need("committing", 1, COMMIT_CPUS, 0)]
 
 
 def connect(config: AlignCorpusConfig) -> None:

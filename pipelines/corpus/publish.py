@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from pipelines.corpus import schema, units
 from pipelines.corpus.card import write_card
 from pipelines.corpus.commit import unit_facts
 from pipelines.corpus.parquet import Damaged, Watched, first_line, read_footer
-from pipelines.corpus.shards import BadShard, concurrently
+from pipelines.corpus.shards import BadShard
 from pipelines.corpus.state import Partition, State, coverage_record, partition_folder, read_state
-from pipelines.corpus.storage import Storage
+from pipelines.corpus.storage import Storage, concurrently
 from pipelines.corpus.units import Unit
 
 ROW_GROUP_BYTES = 32 << 20
 ROWS_AT_ONCE = 1 << 14
+UNITS_AHEAD = 4
 LEFT_OUT_KEY = b"burnish.left_out"
 MADE_AGAIN = pa.scalar(
     {
@@ -139,7 +141,7 @@ def _plan(
         except (Damaged, FileNotFoundError):
             return None
 
-    read = concurrently(facts_of, state.committed)
+    read = list(concurrently(facts_of, state.committed))
     damaged = [unit for unit, facts in read if facts is None]
     if damaged:
         return {}, damaged
@@ -231,8 +233,7 @@ def _write_corpus_part(
     left_out: dict[str, units.Ranges] = {}
 
     def ok_rows() -> Iterator[pa.Table]:
-        for unit in found:
-            table = _read_unit(output, unit)
+        for unit, table in concurrently(partial(_read_unit, output), found, UNITS_AHEAD):
             is_ok = pc.equal(table["status"], "ok")
             rows = pc.indices_nonzero(pc.invert(is_ok)).to_pylist()
             left_out[unit.name] = units.merged((unit.start + row, unit.start + row + 1) for row in rows)

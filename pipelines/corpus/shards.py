@@ -2,10 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import fsspec
 import pyarrow as pa
@@ -14,8 +13,7 @@ import pyarrow.parquet as pq
 from actors.contract import ConfigError, option
 from pipelines.corpus import schema
 from pipelines.corpus.parquet import Damaged, read_footer
-
-_READERS = 16
+from pipelines.corpus.storage import concurrently
 
 
 @dataclass(frozen=True)
@@ -184,17 +182,6 @@ def shard_of(record: Mapping[str, Any]) -> Shard:
     """Undo `shard_record`."""
     listed = Listed(record["path"], record["size"], record["tag"])
     return Shard(listed, record["key"], tuple(record["row_groups"]))
-
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-def concurrently(function: Callable[[Item], Result], items: Iterable[Item]) -> list[tuple[Item, Result]]:
-    """(item, function(item)) for each, in order, by a few threads: for small reads, where waiting dominates."""
-    items = list(items)
-    with ThreadPoolExecutor(_READERS) as pool:
-        return list(zip(items, pool.map(function, items), strict=True))
 
 
 def is_prompt_type(dtype: pa.DataType) -> bool:

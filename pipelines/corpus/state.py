@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.corpus import units
-from pipelines.corpus.shards import Listed, Shard, concurrently, shard_of
-from pipelines.corpus.storage import Storage
+from pipelines.corpus.shards import Listed, Shard, shard_of
+from pipelines.corpus.storage import Storage, concurrently
 from pipelines.corpus.units import Coverage, Unit
 
 

@@ -5,9 +5,11 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -181,3 +183,22 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def concurrently(
+    function: Callable[[Item], Result], items: Iterable[Item], at_once: int = 16
+) -> Iterator[tuple[Item, Result]]:
+    """(item, function(item)) for each, in order, at most `at_once` begun and not yet taken: for reads that wait."""
+    with ThreadPoolExecutor(at_once) as pool:
+        begun: deque[tuple[Item, Future[Result]]] = deque()
+        for item in items:
+            begun.append((item, pool.submit(function, item)))
+            if len(begun) == at_once:
+                item, result = begun.popleft()
+                yield item, result.result()
+        for item, result in begun:
+            yield item, result.result()

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from actors.aligner import AlignerConfig, AlignerStage
-from actors.contract import PROBLEM, PROMPT, RowError, candidate_seed, pack, unpack
+from actors.contract import PROBLEM, PROMPT, ConfigError, RowError, candidate_seed, pack, unpack
 from actors.engines.base import Completion, EngineConfig, EngineStats, Request
 from actors.policy import PolicyConfig, PolicyStage, split_reasoning
 from actors.pool import ModelStage
@@ -212,3 +212,16 @@ def test_a_seed_that_depended_on_the_position_would_be_caught(
 )
 def test_reasoning_is_kept_apart(text: str, end: str | None, expected: tuple[str | None, str]) -> None:
     assert split_reasoning(text, end) == expected
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_mistake_found_by_the_engine_is_told_with_the_first_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray prints what a constructor raises, and its retries, before anyone here can make one line of it."""
+
+    def build(config: EngineConfig, num_threads: int) -> Any:
+        raise ConfigError("the model is wrong")
+
+    monkeypatch.setattr("actors.pool.build_engine", build)
+    stage = policy()
+    with pytest.raises(ConfigError, match="the model is wrong"):
+        run(unit_of(["a"]), stage)

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from actors.contract import candidate_seed
 from tests.end_to_end.jobs import (
     CommandLine,
     CompletedJob,
@@ -24,7 +25,7 @@ from tests.end_to_end.jobs import (
     write_shard,
 )
 
-NUM_ROWS = 30
+NUM_ROWS = 20
 NOTHING_NEW_S = 5.0
 
 
@@ -144,7 +145,9 @@ def test_stored_answers_are_parted_from_their_reasoning(first_night: FirstNight,
 
 @dataclass(frozen=True)
 class SecondNight:
-    completed: CompletedJob
+    """A new shard of 25 rows: a limited run that cuts units otherwise, a look for more, and a run that is refused."""
+
+    limited: CompletedJob
     first_before: dict[str, bytes]
     first_after: dict[str, bytes]
 
@@ -153,32 +156,22 @@ class SecondNight:
 def second_night(life: Life, first_night: FirstNight, command_line: CommandLine) -> SecondNight:
     first = life.root / "corpus" / "run=000001"
     before = files(first)
-    life.add_shard(2, 2)
-    return SecondNight(command_line.run(*life.arguments), before, files(first))
+    life.add_shard(2, 25)
+    limited = command_line.run(*life.arguments, "--limit", "10", "run.unit_rows=3")
+    return SecondNight(limited, before, files(first))
 
 
 def test_a_new_shard_makes_only_its_own_units(second_night: SecondNight, life: Life) -> None:
-    second_night.completed.expect(0)
-    assert "made: 2 units, 2 rows" in second_night.completed.stdout
-    assert [row["source"]["shard"] for row in partition(life.root, manifests(life.root)[1], "corpus")] == [
-        "night-2.parquet"
-    ] * 2
+    second_night.limited.expect(0)
+    # 8 rows a row group, 3 rows a unit: 3 + 3 + 2 + 3
+    assert "made: 4 units, 11 rows" in second_night.limited.stdout
+    rows = partition(life.root, manifests(life.root)[1], "corpus")
+    assert [place(row) for row in rows] == [("night-2.parquet", number) for number in range(11)]
 
 
 def test_a_published_partition_is_never_touched_again(second_night: SecondNight) -> None:
     assert {"_SUCCESS", "manifest.json", "plan.json", "part-00000.parquet"} == set(second_night.first_before)
     assert second_night.first_after == second_night.first_before
-
-
-def test_a_night_without_new_shards_ends_at_once(
-    second_night: SecondNight, life: Life, lone_command_line: CommandLine
-) -> None:
-    before = {path: content for path, content in files(life.root).items() if not path.startswith("leases/")}
-    completed = lone_command_line.run(*life.arguments).expect(0)
-    assert "nothing new: 32 rows in 2 partitions" in completed.stdout
-    assert completed.seconds < NOTHING_NEW_S
-    after = {path: content for path, content in files(life.root).items() if not path.startswith("leases/")}
-    assert after == before
 
 
 CHANGED = ["policy.temperature=0.5", "run.seed=7"]
@@ -197,38 +190,49 @@ def test_a_changed_config_is_refused_with_both_values(
 
 @dataclass(frozen=True)
 class ThirdNight:
-    """A new shard and an accepted change: a limited run, and one without the limit that cuts units otherwise."""
+    """The rest of the second night's shard and another one, with an accepted change, in units of any size."""
 
+    completed: CompletedJob
     rows_before: list[Row]
-    limited: CompletedJob
-    rest: CompletedJob
 
 
 @pytest.fixture(scope="module")
 def third_night(life: Life, second_night: SecondNight, command_line: CommandLine) -> ThirdNight:
     before = corpus(life.root)
-    life.add_shard(3, 25)
-    changed = [*life.arguments, *CHANGED, "run.accept_changes=true"]
-    limited = command_line.run(*changed, "--limit", "10", "run.unit_rows=3")
-    return ThirdNight(before, limited, command_line.run(*changed, "run.unit_rows=256"))
+    life.add_shard(3, 2)
+    changed = [*CHANGED, "run.accept_changes=true", "run.unit_rows=256"]
+    return ThirdNight(command_line.run(*life.arguments, *changed), before)
 
 
 def test_an_accepted_change_holds_for_new_units_only(third_night: ThirdNight, life: Life) -> None:
-    third_night.limited.expect(0)
+    third_night.completed.expect(0)
     assert corpus(life.root)[: len(third_night.rows_before)] == third_night.rows_before
-    one, two, three, four = manifests(life.root)
-    assert one["fingerprints"] == two["fingerprints"] != three["fingerprints"] == four["fingerprints"]
+    one, two, three = manifests(life.root)
+    assert one["fingerprints"] == two["fingerprints"] != three["fingerprints"]
     (run,) = three["runs"]
     record = json.loads((life.root / "runs" / f"{run:06d}.json").read_bytes())
     assert record["fingerprint"]["policy.temperature"] == 0.5
-    assert record["num_units"] == 4
+    seeds = [candidate_seed(7, row["prompt_id"], 0, "policy") for row in partition(life.root, three, "corpus")]
+    assert [row["responses"][0]["seed"] for row in partition(life.root, three, "corpus")] == seeds
 
 
-def test_a_limit_makes_whole_units_and_the_next_run_every_other_row_once(third_night: ThirdNight, life: Life) -> None:
-    third_night.rest.expect(0)
-    three, four = manifests(life.root)[2:]
-    rows = [*partition(life.root, three, "corpus"), *partition(life.root, four, "corpus")]
-    # 8 rows a row group, 3 rows a unit: 3 + 3 + 2 + 3
-    assert (three["num_rows"], four["num_rows"]) == (11, 14)
-    assert [place(row) for row in rows] == [("night-3.parquet", number) for number in range(25)]
-    assert [row["responses"][0]["text"] for row in rows] == [f"Answer {number}." for number in range(25)]
+def test_after_a_limit_every_other_row_comes_once(third_night: ThirdNight, life: Life) -> None:
+    rows = [row for row in corpus(life.root) if place(row)[0] != "night-1.parquet"]
+    assert [place(row) for row in rows] == [
+        *(("night-2.parquet", number) for number in range(25)),
+        *(("night-3.parquet", number) for number in range(2)),
+    ]
+    assert [row["responses"][0]["text"] for row in rows[:25]] == [f"Answer {number}." for number in range(25)]
+
+
+def test_a_night_without_new_shards_ends_at_once(
+    third_night: ThirdNight, life: Life, lone_command_line: CommandLine
+) -> None:
+    def published() -> dict[str, bytes]:
+        return {path: content for path, content in files(life.root).items() if not path.startswith("leases/")}
+
+    before = published()
+    completed = lone_command_line.run(*life.arguments, *CHANGED).expect(0)
+    assert "nothing new: 47 rows in 3 partitions" in completed.stdout
+    assert completed.seconds < NOTHING_NEW_S
+    assert published() == before

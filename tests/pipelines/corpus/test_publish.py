@@ -6,7 +6,7 @@ import random
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,8 @@ NEW = fake_shard("0 new.parquet", row_groups=(5,))
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that publish hundreds of times: starting threads would be half of the time."""
 
-    def one_by_one(function: Callable[[Any], Any], items: Iterable[Any]) -> list[tuple[Any, Any]]:
-        return [(item, function(item)) for item in items]
+    def one_by_one(function: Callable[[Any], Any], items: Iterable[Any], at_once: int = 1) -> Iterator[tuple[Any, Any]]:
+        return ((item, function(item)) for item in items)
 
     monkeypatch.setattr("pipelines.corpus.state.concurrently", one_by_one)
     monkeypatch.setattr("pipelines.corpus.publish.concurrently", one_by_one)
