@@ -24,6 +24,9 @@ class PoolConfig(EngineConfig):
     """How many replicas of a model there are and what each of them takes. None of it changes a row."""
 
     replicas: int = option(1, "actors of the pool, each with the whole model")
+    max_replicas: int | None = option(
+        None, "grow to so many while all of them are busy and nodes have room for more; null: `replicas` it is"
+    )
     units_in_flight: int = option(2, "units that one replica works on at the same time, to keep its engine full")
     num_gpus: int = option(0, "GPUs of one replica, all on one node")
     num_cpus: float = option(1.0, "CPUs that Ray sets aside for one replica")
@@ -36,9 +39,16 @@ class PoolConfig(EngineConfig):
         for name in ("replicas", "units_in_flight"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.most_replicas < self.replicas:
+            raise ConfigError(f"max_replicas must be replicas={self.replicas} or more, got {self.max_replicas}")
         for name in ("num_gpus", "num_cpus"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+
+    @property
+    def most_replicas(self) -> int:
+        """What the pool may grow to."""
+        return self.replicas if self.max_replicas is None else self.max_replicas
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,8 @@ def add_pool(
         batch_size=1,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
-            size=config.replicas,
+            min_size=config.replicas,
+            max_size=config.most_replicas,
             max_concurrent_calls_per_actor=config.units_in_flight,
             max_tasks_in_flight_per_actor=config.units_in_flight + 1,  # one more, so that an engine never waits for Ray
         ),

@@ -13,6 +13,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data._internal.execution import backpressure_policy as backpressure
+from ray.data.context import AutoscalingConfig
 
 from actors.aligner import AlignerStage
 from actors.board import Board
@@ -98,12 +99,14 @@ def pipeline(
     """Units -> responses -> aligned -> committed: one row a unit, one task a unit (several where engines are cheap)."""
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = max(1, int(config.run.task_mib * 2**20))  # 1 byte: every unit a block of its own
+    context.autoscaling_config = AutoscalingConfig(actor_pool_util_upscaling_threshold=1.0)  # grow when all are busy
     context.enable_progress_bars = False  # ours speak of rows and tokens
     context.memory_usage_poll_interval_s = None  # a thread of every stage that reads /proc/self/smaps each second
     context.set_config(backpressure.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, BACKPRESSURE)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised here, too
     warnings.filterwarnings("ignore", module=r"ray\.data")
-    shared = {"board": board, "sharers": sum(pool.replicas for pool in pools(config).values() if not pool.num_gpus)}
+    sharers = sum(pool.most_replicas for pool in pools(config).values() if not pool.num_gpus)
+    shared = {"board": board, "sharers": sharers}
     units = UnitSource(source, config.input, plan.spans)
     dataset = ray.data.read_datasource(
         units, num_cpus=READ_CPUS, concurrency=READERS, override_num_blocks=units.num_tasks

@@ -1,11 +1,10 @@
 """An engine that outlives its own deaths: rebuilt in a new process, with the request that kills it found and failed."""
 
 import asyncio
-import contextlib
 from collections import Counter, deque
 from dataclasses import fields
 
-from actors.contract import RowError
+from actors.contract import ConfigError, RowError
 from actors.engines.base import Completion, EngineConfig, EngineStats, Request
 from actors.engines.process import Build, EngineDied, EngineProcess
 
@@ -33,7 +32,7 @@ class HostedEngine:
         self._inquiry: asyncio.Task[None] | None = None
 
     async def generate(self, request: Request) -> Completion:
-        """Raises RowError, `engine_crash` among others; EngineDied when not even a new process starts."""
+        """Raises RowError, `engine_crash` among others; ConfigError when not even a new process starts."""
         if self._inquiry is not None:
             await asyncio.wait([self._inquiry])
         try:
@@ -108,13 +107,19 @@ class HostedEngine:
         return False
 
     async def _rebuild(self) -> None:
-        """A new process for the dead one. Raises EngineDied like `_new_process`."""
+        """A new process for the dead one. Raises ConfigError like `_new_process`."""
         self._tokens_before += self._process.stats().num_tokens
         self._process = await asyncio.to_thread(self._new_process)
 
     def _new_process(self) -> EngineProcess:
-        """Raises EngineDied when MAX_STARTS in a row die while they start."""
-        for _ in range(MAX_STARTS - 1):
-            with contextlib.suppress(EngineDied):
+        """Raises ConfigError when MAX_STARTS in a row die while they start: it is nearly always a want of memory."""
+        for _ in range(MAX_STARTS):
+            try:
                 return EngineProcess(*self._arguments)
-        return EngineProcess(*self._arguments)
+            except EngineDied as error:
+                last = error
+        config = self._arguments[1]
+        raise ConfigError(
+            f"the {config.engine} engine of {config.model} does not start: {last}, {MAX_STARTS} times over; the log "
+            "above says why. A smaller max_num_seqs, kv_cache_tokens or max_model_len, or more GPUs, need less memory"
+        ) from last

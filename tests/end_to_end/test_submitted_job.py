@@ -1,9 +1,13 @@
 """A job that is submitted to a cluster from a checkout."""
 
+import contextlib
+import time
 from pathlib import Path
 
-from tests.end_to_end.conftest import RayHead
-from tests.end_to_end.jobs import SCRIPT, CommandLine, corpus, write_shard
+import psutil
+
+from tests.end_to_end.conftest import RayHead, tiny_pool
+from tests.end_to_end.jobs import LIMIT_S, SCRIPT, CommandLine, corpus, num_units, unit_facts, write_shard
 
 UPLOAD_BYTES = 5 << 20
 
@@ -29,3 +33,48 @@ def test_a_submitted_job_makes_the_corpus_and_passes_its_exit_code_on(
         assert (folder / SCRIPT).is_file()
         assert not (folder / ".venv").exists()
         assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < UPLOAD_BYTES
+
+
+def test_a_stopped_job_leaves_a_resumable_root_and_no_engine(
+    ray_head: RayHead, command_line: CommandLine, tiny_llama: Path, tmp_path: Path
+) -> None:
+    texts = [f"Text {number}." for number in range(40)]
+    write_shard(tmp_path / "prompts.parquet", {"prompt": texts, "response": texts})
+    arguments = [
+        f"input.path={tmp_path / 'prompts.parquet'}", "input.response_column=response", "run.unit_rows=1",
+        f"output.root={tmp_path / 'output'}", "policy=stored", *tiny_pool("aligner", tiny_llama, max_tokens=100),
+        "aligner.template={{ question }} {{ answer }}", "aligner.max_num_seqs=1",
+    ]  # fmt: skip
+    name = f"stopped-{tmp_path.name}"
+    at_head = ["--address", ray_head.dashboard]
+    submit = ["ray", "job", "submit", *at_head, "--working-dir", ".", "--submission-id", name, "--no-wait"]
+    before = engines(ray_head)
+    running = command_line.start_command([*submit, "--", "python", SCRIPT, *arguments])
+    running.wait().expect(0)
+    deadline = time.monotonic() + LIMIT_S
+    while num_units(tmp_path / "output") < 3:
+        assert time.monotonic() < deadline, "the submitted job made nothing"
+        time.sleep(0.05)
+    assert engines(ray_head) - before, "an engine was at work"
+
+    command_line.start_command(["ray", "job", "stop", *at_head, name]).wait().expect(0)
+    while engines(ray_head) - before:
+        assert time.monotonic() < deadline, "an engine outlived its job"
+        time.sleep(0.05)
+    committed = unit_facts(tmp_path / "output")
+    assert 3 <= len(committed) < 40
+
+    resumed = command_line.run(*arguments, "output.keep_units=true").expect(0)
+    assert f"made: {40 - len(committed)} units" in resumed.stdout
+    assert {unit: facts for unit, facts in unit_facts(tmp_path / "output").items() if unit in committed} == committed
+    assert [row["source"]["row"] for row in corpus(tmp_path / "output")] == list(range(40))
+
+
+def engines(head: RayHead) -> set[int]:
+    """pids of the engines that the head's actors have in processes of their own."""
+    found = set()
+    for process in psutil.Process(head.raylet).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any("actors.engines.process" in word for word in process.cmdline()):
+                found.add(process.pid)
+    return found

@@ -15,6 +15,8 @@ from actors.engines.base import Completion, EngineConfig, EngineStats, Request
 from actors.engines.hosted import MAX_ATTEMPTS, MAX_STARTS, HostedEngine
 from actors.engines.process import EngineDied, EngineProcess
 
+DOES_NOT_START = f"does not start: the engine's process ended with 7 while it was starting, {MAX_STARTS} times over"
+
 
 class Scripted:
     """Answers with the prompt; `poison` in it kills the process, and every start is noted in a file."""
@@ -144,8 +146,19 @@ def test_an_engine_that_cannot_start_again_ends_every_request_with_an_error(star
         requests = [engine.generate(Request(prompt, 0)) for prompt in ("poison", "a")]
         return await asyncio.gather(*requests, return_exceptions=True)
 
-    assert [type(answer) for answer in asyncio.run(broken())] == [EngineDied, EngineDied]
+    for answer in asyncio.run(broken()):
+        assert isinstance(answer, ConfigError)
+        assert DOES_NOT_START in str(answer)
     assert num_starts(starts) == 1 + MAX_STARTS
+
+
+def test_an_engine_that_never_starts_is_told_in_one_line(starts: Path) -> None:
+    starts.with_suffix(".broken").touch()
+    with pytest.raises(ConfigError) as told:
+        HostedEngine(Scripted, config_of(starts), 1)
+    assert DOES_NOT_START in str(told.value)
+    assert "\n" not in str(told.value)
+    assert num_starts(starts) == MAX_STARTS
 
 
 def test_an_engines_own_exception_is_a_death_not_a_row_error(starts: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,105 @@
+"""A cluster of several nodes, here on one machine with logical GPUs: replicas stay whole, nodes come and go."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from ray._private.node import Node
+from ray.cluster_utils import Cluster
+
+from tests.end_to_end.conftest import tiny_pool
+from tests.end_to_end.jobs import CommandLine, Job, corpus, num_units, plain_environment, write_shard
+
+NUM_ROWS = 120
+STORED = ["policy=stored", "input.response_column=response"]
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """A cluster to which nodes can be added; the command line joins it."""
+
+    cluster: Cluster
+    command_line: CommandLine
+
+    def where(self, job: Job, pool: str) -> Counter[int]:
+        """pid of a node's raylet -> replicas of the pool that run there."""
+        return Counter(actor.ppid() for actor in job.actors(pool))
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch, new_folder: Callable[[], Path]) -> Iterator[Nodes]:
+    """One node with 8 logical GPUs, the head. Its processes are ended by pid."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    cluster = Cluster()
+    try:
+        add_node(cluster, num_gpus=8)
+        environment = {**plain_environment(), "RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "disabled"}
+        with CommandLine(environment, os.getpid(), new_folder) as command_line:
+            yield Nodes(cluster, command_line)
+    finally:
+        cluster.shutdown()
+
+
+def add_node(cluster: Cluster, num_gpus: int) -> Node:
+    """Add a node; it is there when this returns."""
+    node = cluster.add_node(num_cpus=16, num_gpus=num_gpus, object_store_memory=100 << 20, include_dashboard=False)
+    cluster.wait_for_nodes()
+    return node
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> list[str]:
+    """A job of many small units."""
+    texts = [f"Text {number}." for number in range(NUM_ROWS)]
+    write_shard(tmp_path / "prompts.parquet", {"prompt": texts, "response": texts})
+    return [f"input.path={tmp_path / 'prompts.parquet'}", f"output.root={tmp_path / 'output'}", "run.unit_rows=2"]
+
+
+def raylet(node: Node) -> int:
+    """pid of a node's raylet, whose children its actors are."""
+    return int(node.all_processes["raylet"][0].process.pid)
+
+
+def test_replicas_stay_whole_on_their_nodes(nodes: Nodes, job: list[str]) -> None:
+    """Three nodes of 8 GPUs: three aligners of 5, two policies of 3 in what is left; 24 GPUs hold no fourth of 5."""
+    add_node(nodes.cluster, num_gpus=8)
+    add_node(nodes.cluster, num_gpus=8)
+    pools = [*STORED, "policy.num_gpus=3", "policy.replicas=2", "aligner=identity", "aligner.num_gpus=5"]
+    refused = nodes.command_line.run(*job, *pools, "aligner.replicas=4").expect(2)
+    assert "the pools do not fit on this cluster: 1 of aligner have no place" in refused.stderr.replace(
+        "2 of policy, ", ""
+    )
+
+    running = nodes.command_line.start(*job, *pools, "aligner.replicas=3")
+    placed = running.until(lambda: found if (found := nodes.where(running, "aligner")).total() == 3 else None, "3 run")
+    assert sorted(placed.values()) == [1, 1, 1]
+    running.wait().expect(0)
+
+
+def test_a_node_that_dies_costs_no_row(nodes: Nodes, job: list[str], tiny_llama: Path, tmp_path: Path) -> None:
+    doomed = add_node(nodes.cluster, num_gpus=1)
+    pools = [*STORED, *tiny_pool("aligner", tiny_llama, max_tokens=24), "aligner.num_gpus=1", "aligner.replicas=2"]
+    pools += ["policy.num_gpus=7", "aligner.template={{ question }} {{ answer }}"]
+    running = nodes.command_line.start(*job, *pools)
+    running.until(lambda: num_units(tmp_path / "output") >= 5, "five units were there")
+    assert nodes.where(running, "aligner") == {raylet(nodes.cluster.head_node): 1, raylet(doomed): 1}
+    nodes.cluster.remove_node(doomed, allow_graceful=False)
+    assert num_units(tmp_path / "output") < NUM_ROWS / 2, "it was over before the node died"
+    running.wait().expect(0)
+    assert [row["source"]["row"] for row in corpus(tmp_path / "output")] == list(range(NUM_ROWS))
+
+
+def test_a_node_that_is_added_is_used(nodes: Nodes, job: list[str], tiny_llama: Path, tmp_path: Path) -> None:
+    pools = [*STORED, *tiny_pool("aligner", tiny_llama, max_tokens=200), "aligner.num_gpus=1"]
+    pools += ["policy.num_gpus=7", "aligner.max_replicas=2", "aligner.max_num_seqs=1"]
+    pools += ["aligner.template={{ question }} {{ answer }}"]
+    running = nodes.command_line.start(*job, *pools)
+    running.until(lambda: num_units(tmp_path / "output"), "the first unit was there")
+    assert nodes.where(running, "aligner").total() == 1
+    added = add_node(nodes.cluster, num_gpus=1)
+    running.until(lambda: nodes.where(running, "aligner")[raylet(added)], "the new node had an aligner")
+    running.wait().expect(0)
+    assert [row["source"]["row"] for row in corpus(tmp_path / "output")] == list(range(NUM_ROWS))
