@@ -71,17 +71,17 @@ class HostedEngine:
                 dead = [suspect for suspect, died in zip(group, results, strict=True) if died]
                 if not dead:
                     continue
-                await self._rebuild()
                 if len(group) > 1:
                     groups.extend(half for half in (dead[: len(dead) // 2], dead[len(dead) // 2 :]) if half)
-                    continue
-                ((request, cleared),) = group
-                deaths[id(request)] += 1
-                if deaths[id(request)] < MAX_ATTEMPTS:
-                    groups.append(group)
-                elif not cleared.done():
-                    message = f"the engine died {MAX_ATTEMPTS} times while it ran this request alone"
-                    cleared.set_exception(RowError("engine_crash", message))
+                else:
+                    ((request, cleared),) = group
+                    deaths[id(request)] += 1
+                    if deaths[id(request)] < MAX_ATTEMPTS:
+                        groups.append(group)
+                    elif not cleared.done():
+                        message = f"the engine died {MAX_ATTEMPTS} times while it ran this request alone"
+                        cleared.set_exception(RowError("engine_crash", message))
+                await self._rebuild()  # last: everyone who still waits is in `groups` should it fail
         except BaseException as error:
             for _, cleared in [*self._suspects, *(suspect for group in groups for suspect in group)]:
                 if not cleared.done():
@@ -98,7 +98,7 @@ class HostedEngine:
             completion = await self._process.generate(request)
         except EngineDied:
             return True
-        except RowError as error:
+        except (RowError, ConfigError) as error:
             if not cleared.done():
                 cleared.set_exception(error)
         else:

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
@@ -157,14 +158,20 @@ def serve(descriptor: int) -> None:
     """The child's life: build, then answer until the pipe ends."""
     pipe = Connection(descriptor)
     _, build, config, num_threads = pipe.recv()
+    code = 0
     try:
         engine: Engine = build(config, num_threads)
+        pipe.send(("ready", os.getpid()))
+        asyncio.run(_answer(pipe, engine))
+        engine.close()
     except ConfigError as error:
         pipe.send(("failed", error))
-        return
-    pipe.send(("ready", os.getpid()))
-    asyncio.run(_answer(pipe, engine))
-    engine.close()
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a thread that the engine left would keep this process, and those who wait for its end, for ever
 
 
 async def _answer(pipe: Connection, engine: Engine) -> None:
@@ -176,7 +183,7 @@ async def _answer(pipe: Connection, engine: Engine) -> None:
     async def generate(number: int, request: Request) -> None:
         try:
             result: Completion | BaseException = await engine.generate(request)
-        except RowError as error:
+        except (RowError, ConfigError) as error:  # a model without a chat template comes to light with the first chat
             result = error
         except Exception as error:  # the engine's own fault: it must not answer anyone again
             failed.append(error)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -43,7 +44,11 @@ class Scripted:
         if "hang" in request.prompt:
             await asyncio.sleep(3600)
         if "bug" in request.prompt:
+            if "threads" in request.prompt:
+                threading.Thread(target=time.sleep, args=(3600,)).start()  # which alone would keep the process alive
             raise ZeroDivisionError("a bug of the engine")
+        if "mistake" in request.prompt:
+            raise ConfigError("there is no chat template")
         return Completion(request.prompt.upper(), "stop", 1, 1)
 
     def stats(self) -> EngineStats:
@@ -152,6 +157,30 @@ def test_an_engine_that_cannot_start_again_ends_every_request_with_an_error(star
     assert num_starts(starts) == 1 + MAX_STARTS
 
 
+def test_an_engine_that_breaks_while_suspects_are_tried_ends_every_request_with_an_error(starts: Path) -> None:
+    engine = HostedEngine(Scripted, config_of(starts), 1)
+
+    async def broken() -> list[BaseException | Completion]:
+        requests = [engine.generate(Request(prompt, 0)) for prompt in ("poison", "a, hang")]
+        asking = asyncio.gather(*requests, return_exceptions=True)
+        while num_starts(starts) < 2:
+            await asyncio.sleep(0.01)
+        starts.with_suffix(".broken").touch()  # the inquiry has begun: the next death in it is the last one
+        return await asyncio.wait_for(asking, 60)
+
+    for answer in asyncio.run(broken()):
+        assert isinstance(answer, ConfigError)
+        assert DOES_NOT_START in str(answer)
+
+
+def test_a_mistake_that_a_request_brings_to_light_is_told_and_kills_nothing(starts: Path) -> None:
+    engine = HostedEngine(Scripted, config_of(starts), 1)
+    with pytest.raises(ConfigError, match="there is no chat template"):
+        asyncio.run(engine.generate(Request("mistake", 0)))
+    assert num_starts(starts) == 1
+    engine.close()
+
+
 def test_an_engine_that_never_starts_is_told_in_one_line(starts: Path) -> None:
     starts.with_suffix(".broken").touch()
     with pytest.raises(ConfigError) as told:
@@ -164,7 +193,7 @@ def test_an_engine_that_never_starts_is_told_in_one_line(starts: Path) -> None:
 def test_an_engines_own_exception_is_a_death_not_a_row_error(starts: Path, capfd: pytest.CaptureFixture[str]) -> None:
     process = EngineProcess(Scripted, config_of(starts), 1)
     with pytest.raises(EngineDied, match="ended with 1"):
-        asyncio.run(process.generate(Request("bug", 0)))
+        asyncio.run(asyncio.wait_for(process.generate(Request("bug with threads", 0)), 20))
     assert "ZeroDivisionError: a bug of the engine" in capfd.readouterr().err
 
 
