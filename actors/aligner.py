@@ -6,9 +6,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from actors.candidates import DEPENDENT, as_messages, failed, lost, made, model_label
 from actors.contract import ALIGNED_LIST, PROBLEM, RowError, candidate_seed
 from actors.engines.base import Messages, Request
-from actors.policy import as_messages, failed, lost, model_label
 from actors.pool import Columns, ModelStage, PoolConfig
 from actors.recipes import RecipeConfig, aligner_input
 
@@ -38,10 +38,7 @@ class AlignerStage(ModelStage):
         """Raises whatever is the engine's fault; a fault of one request ends in that candidate's `error`."""
         rows = unit.select(["prompt_id", "prompt", "responses", "problem"]).to_pylist()
         aligned = await self.each(self._aligned, rows)
-        problems = [
-            row["problem"] or lost(row["responses"], "policy") or lost(found, "aligner")
-            for row, found in zip(rows, aligned, strict=True)
-        ]
+        problems = [row["problem"] or lost(row["responses"], found) for row, found in zip(rows, aligned, strict=True)]
         num_failed = sum(problem is not None for problem in problems)
         return Columns({"aligned": pa.array(aligned, ALIGNED_LIST), "problem": pa.array(problems, PROBLEM)}, num_failed)
 
@@ -62,23 +59,11 @@ class AlignerStage(ModelStage):
         answer = response["text"]
         try:
             if response["status"] != "ok":
-                raise RowError("response_failed", "there is no response to align")
+                raise RowError(DEPENDENT, "there is no response to align")
             stored = self._config.engine == "stored"
             prompt = messages if stored else aligner_input(self._config, messages, answer)
             completion = await self._engine.generate(Request(prompt, seed, stored=answer))
-            text = completion.text.strip()
-            if not text:
-                raise RowError("empty_answer", "the aligner's answer has no text")
+            aligned = made(completion, self._config.reasoning_end, **candidate)
         except RowError as error:
             return failed(error, **candidate)
-        return {
-            **candidate,
-            "text": text,
-            "reasoning": None,
-            "status": "ok",
-            "error": None,
-            "finish_reason": completion.finish_reason,
-            "num_prompt_tokens": completion.num_prompt_tokens,
-            "num_tokens": completion.num_tokens,
-            "changed": text != answer,
-        }
+        return {**aligned, "changed": aligned["text"] != answer}

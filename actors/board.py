@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -35,11 +35,27 @@ class Snapshot:
 
 @dataclass
 class Replica:
-    """What the board keeps of one replica: its last snapshot, when that last changed, and when its first row left."""
+    """What the board keeps of one replica: its last snapshot, when that last changed, its totals of lives before."""
 
     snapshot: Snapshot = field(default_factory=Snapshot)
     changed_at: float = field(default_factory=time.monotonic)
-    started_at: float = field(default_factory=time.monotonic)
+    before: Snapshot = field(default_factory=Snapshot)
+
+    def report(self, snapshot: Snapshot) -> None:
+        if snapshot == self.snapshot:
+            return
+        if snapshot.num_rows < self.snapshot.num_rows or snapshot.num_tokens < self.snapshot.num_tokens:
+            self.before = self.totals()  # Ray has started the actor again, which counts from 0
+        self.snapshot, self.changed_at = snapshot, time.monotonic()
+
+    def totals(self) -> Snapshot:
+        """The last snapshot, with what was counted in lives before it."""
+        return replace(
+            self.snapshot,
+            num_rows=self.before.num_rows + self.snapshot.num_rows,
+            num_failed=self.before.num_failed + self.snapshot.num_failed,
+            num_tokens=self.before.num_tokens + self.snapshot.num_tokens,
+        )
 
 
 class Board:
@@ -49,15 +65,13 @@ class Board:
         self._pools: dict[str, dict[str, Replica]] = {}
 
     def report(self, pool: str, replica: str, snapshot: Snapshot) -> None:
-        known = self._pools.setdefault(pool, {}).setdefault(replica, Replica())
-        if known.snapshot != snapshot:
-            known.snapshot, known.changed_at = snapshot, time.monotonic()
+        self._pools.setdefault(pool, {}).setdefault(replica, Replica()).report(snapshot)
 
     def read(self) -> dict[str, list[tuple[Snapshot, float]]]:
         """Pool -> (snapshot, seconds since it last changed) of each replica there ever was."""
         now = time.monotonic()
         return {
-            pool: [(replica.snapshot, now - replica.changed_at) for replica in replicas.values()]
+            pool: [(replica.totals(), now - replica.changed_at) for replica in replicas.values()]
             for pool, replicas in self._pools.items()
         }
 

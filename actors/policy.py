@@ -2,13 +2,13 @@
 
 import asyncio
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from actors.candidates import as_messages, failed, made, model_label
 from actors.contract import RESPONSES, ConfigError, RowError, candidate_seed, option
-from actors.engines.base import EngineConfig, Messages, Request
+from actors.engines.base import Messages, Request
 from actors.pool import Columns, ModelStage, PoolConfig
 
 
@@ -18,11 +18,6 @@ class PolicyConfig(PoolConfig):
 
     num_candidates: int = option(1, "answers per prompt; `stored` takes all there are", changes_rows=True)
     system_prompt: str | None = option(None, "system message for prompts that have none", changes_rows=True)
-    reasoning_end: str | None = option(
-        "</think>",
-        "what ends a reasoning model's thinking, which is kept apart; null: there is none",
-        changes_rows=True,
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,61 +67,9 @@ class PolicyStage(ModelStage):
         candidate = {"model": self._label, "seed": seed}
         try:
             completion = await self._engine.generate(Request(messages, seed, stored))
-            reasoning, text = split_reasoning(completion.text, self._config.reasoning_end)
-            if not text:
-                raise RowError("empty_answer", "the model's answer has no text")
+            return made(completion, self._config.reasoning_end, **candidate)
         except RowError as error:
             return failed(error, **candidate)
-        return {
-            **candidate,
-            "text": text,
-            "reasoning": reasoning,
-            "status": "ok",
-            "error": None,
-            "finish_reason": completion.finish_reason,
-            "num_prompt_tokens": completion.num_prompt_tokens,
-            "num_tokens": completion.num_tokens,
-        }
-
-
-def failed(error: RowError, **candidate: Any) -> dict[str, Any]:
-    """A candidate that could not be made."""
-    return {
-        **candidate,
-        "text": "",
-        "reasoning": None,
-        "status": "failed",
-        "error": str(error),
-        "finish_reason": None,
-        "num_prompt_tokens": None,
-        "num_tokens": None,
-    }
-
-
-def lost(candidates: list[dict[str, Any]], stage: str) -> dict[str, Any] | None:
-    """The problem of a row none of whose candidates survived `stage`: that of the first one; None where one did."""
-    if any(candidate["status"] == "ok" for candidate in candidates):
-        return None
-    cause, _, message = candidates[0]["error"].partition(": ") if candidates else ("no_candidate", "", "")
-    return {"stage": stage, "cause": cause, "error_class": "RowError", "message": message, "attempts": 1}
-
-
-def split_reasoning(text: str, end: str | None) -> tuple[str | None, str]:
-    """(thinking, answer), both stripped. A text that opens its thinking and never ends it has no answer."""
-    if end is None:
-        return None, text.strip()
-    start = end.replace("/", "")
-    if end in text:
-        thinking, _, answer = text.partition(end)
-        return thinking.strip().removeprefix(start).strip(), answer.strip()
-    if text.lstrip().startswith(start) and start != end:
-        return text.strip().removeprefix(start).strip(), ""
-    return None, text.strip()
-
-
-def model_label(config: EngineConfig) -> str:
-    """How responses name their model: a folder's name, a hub id or the provenance label, as configured."""
-    return Path(config.model).name if Path(config.model).is_absolute() else config.model
 
 
 def policy_prompt(config: PolicyConfig, prompt: list[dict[str, str]]) -> Messages:
@@ -135,8 +78,3 @@ def policy_prompt(config: PolicyConfig, prompt: list[dict[str, str]]) -> Message
     if config.system_prompt and messages[0][0] != "system":
         return (("system", config.system_prompt), *messages)
     return messages
-
-
-def as_messages(prompt: list[dict[str, str]] | None) -> Messages:
-    """A prompt of the unit table as (role, content) pairs."""
-    return tuple((message["role"], message["content"]) for message in prompt or ())

@@ -66,7 +66,7 @@ class ModelStage:
         name: of the pool, on the board.
         config: of the pool.
         board: handle of the job's board.
-        sharers: replicas without a GPU that share a node's cores.
+        sharers: replicas that compute on CPUs; at worst they all share the cores of one node.
     """
 
     def __init__(self, name: str, config: PoolConfig, board: Any, sharers: int) -> None:

@@ -51,11 +51,8 @@ class PoolTotals:
     idle_s: float
 
 
-Board = Any  # ray.actor.ActorHandle of actors.board.Board
-
-
-def read_board(board: Board) -> dict[str, PoolTotals]:
-    """The pools' totals, by pool name."""
+def read_board(board: Any) -> dict[str, PoolTotals]:
+    """The pools' totals, by pool name. `board` is the handle of an `actors.board.Board`."""
     found: dict[str, list[tuple[Snapshot, float]]] = ray.get(board.read.remote(), timeout=30)
     return {
         name: PoolTotals(
@@ -74,7 +71,7 @@ def read_board(board: Board) -> dict[str, PoolTotals]:
 
 @contextlib.contextmanager
 def shown(
-    board: Board, tally: Tally, pools: list[str], num_rows: int, *, log_every_s: float, stall_s: float
+    board: Any, tally: Tally, pools: list[str], num_rows: int, *, log_every_s: float, stall_s: float
 ) -> Iterator[None]:
     """Show progress while the body runs: live bars on a terminal, elsewhere a line a pool every `log_every_s` seconds.
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from actors.candidates import as_messages
 from actors.engines.base import Messages
 from actors.engines.identity import weight_bytes
-from actors.policy import as_messages, policy_prompt
+from actors.policy import policy_prompt
 from actors.pool import PoolConfig
 from actors.recipes import aligner_input
 from pipelines.corpus.plan import Plan

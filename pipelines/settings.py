@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from actors.aligner import AlignerConfig
+from actors.candidates import model_label
 from actors.contract import ConfigError, option, section
 from actors.engines.identity import identity, pinned
-from actors.policy import PolicyConfig, model_label
+from actors.policy import PolicyConfig
 from actors.pool import PoolConfig
 from actors.recipes import recipe_version
 from pipelines.config import changes_rows, resolved
@@ -21,6 +22,7 @@ from pipelines.corpus.runs import digest
 from pipelines.corpus.shards import InputConfig
 
 VERSION = "0.1.0"
+SECRET_WORDS = ("secret", "password", "token", "key", "credential")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,14 @@ class SiteConfig:
     )
     log_every_s: float = option(30.0, "seconds between progress lines where there is no terminal")
 
+    def __post_init__(self) -> None:
+        for name in self.storage_options:
+            if any(word in name.lower() for word in SECRET_WORDS):
+                raise ConfigError(
+                    f"site.storage_options.{name}: secrets do not go into a config, which is kept with the output; "
+                    "put them where the file system looks for them, such as AWS_SECRET_ACCESS_KEY"
+                )
+
 
 @dataclass(frozen=True)
 class AlignCorpusConfig:
@@ -70,6 +80,11 @@ class AlignCorpusConfig:
     aligner: AlignerConfig = section(AlignerConfig, "the model that aligns")
     run: RunConfig = section(RunConfig, "how a job goes about it")
     site: SiteConfig = section(SiteConfig, "where the job runs")
+
+    def __post_init__(self) -> None:
+        for name, pool in pools(self).items():
+            if name != "aligner" and pool.engine == "stored" and self.input.response_column is None:
+                raise ConfigError(f"{name}.engine is stored: input.response_column must name the column of the answers")
 
 
 def pin_models(config: AlignCorpusConfig) -> AlignCorpusConfig:

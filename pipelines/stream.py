@@ -105,7 +105,8 @@ def pipeline(
     context.set_config(backpressure.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, BACKPRESSURE)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised here, too
     warnings.filterwarnings("ignore", module=r"ray\.data")
-    sharers = sum(pool.most_replicas for pool in pools(config).values() if not pool.num_gpus)
+    on_cpus = [pool for pool in pools(config).values() if pool.engine in ("torch", "vllm") and not pool.num_gpus]
+    sharers = sum(pool.most_replicas for pool in on_cpus)
     shared = {"board": board, "sharers": sharers}
     units = UnitSource(source, config.input, plan.spans)
     dataset = ray.data.read_datasource(
@@ -161,7 +162,10 @@ def connect(config: AlignCorpusConfig) -> None:
 def _join_or_start(config: AlignCorpusConfig) -> None:
     address = config.site.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     if address != "local":
-        ray.init(address=address, logging_level=logging.ERROR)
+        try:
+            ray.init(address=address, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise ConfigError(f"there is no Ray cluster at {address} (site.ray_address or RAY_ADDRESS)") from error
         return
     needed = sum(need.count * need.cpus for need in needs(config))
     ray.init(

@@ -42,6 +42,11 @@ class EngineConfig:
     )
     top_p: float = option(1.0, "sample from the smallest set of tokens that holds this probability", changes_rows=True)
     top_k: int | None = option(None, "sample from this many most likely tokens; null: all", changes_rows=True)
+    reasoning_end: str | None = option(
+        "</think>",
+        "what ends a reasoning model's thinking, which is kept apart; null: there is none",
+        changes_rows=True,
+    )
     stop: list[str] = option([], "strings that end an answer and are not part of it", changes_rows=True)
     max_model_len: int | None = option(
         None, "longest prompt plus answer in tokens; null: the model's own limit", changes_rows=True
@@ -116,12 +121,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine made of a request. Token counts are null where no tokens were made here (`stored`)."""
+    """What an engine made of a request. Token counts are null where no tokens were made here (`stored`).
+
+    `reasoning` is the thinking that the model's server has told apart; null where it may still be in the text.
+    """
 
     text: str
     finish_reason: Literal["stop", "length"] | None
     num_prompt_tokens: int | None
     num_tokens: int | None
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True)

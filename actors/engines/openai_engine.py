@@ -47,8 +47,6 @@ class OpenAIEngine:
     async def generate(self, request: Request) -> Completion:
         """Make one candidate. Token counts are the endpoint's own: most count the end of sequence.
 
-        A reasoning model's thinking, where the endpoint keeps it apart, stands before the text as <think>…</think>.
-
         Raises:
             RowError: `rejected_by_endpoint` (its context is too short, for example) or `content_filter`.
             ConfigError: the key, the model's name or a setting is refused.
@@ -175,18 +173,18 @@ def _completion(answer: Any) -> Completion:
     if reason in ("abort", "error"):
         raise _Unreadable(f"finish_reason {reason}")
     message = getattr(choices[0], "message", None)
+    reasoning: str | None = None
     if message is None:
         text = choices[0].text or ""
     else:
         text = message.content or message.refusal or ""
         extra = message.model_extra or {}
-        if thinking := extra.get("reasoning_content") or extra.get("reasoning"):
-            text = f"<think>{thinking}</think>{text}"
+        reasoning = extra.get("reasoning_content") or extra.get("reasoning") or None
     finish_reason: Literal["stop", "length"] = "length" if reason == "length" else "stop"
     usage = answer.usage
     if usage is None:
-        return Completion(text, finish_reason, None, None)
-    return Completion(text, finish_reason, usage.prompt_tokens, usage.completion_tokens)
+        return Completion(text, finish_reason, None, None, reasoning)
+    return Completion(text, finish_reason, usage.prompt_tokens, usage.completion_tokens, reasoning)
 
 
 def _retry_after(header: str | None) -> float:

@@ -7,9 +7,10 @@ import pyarrow as pa
 import pytest
 
 from actors.aligner import AlignerConfig, AlignerStage
+from actors.candidates import lost, split_reasoning
 from actors.contract import PROBLEM, PROMPT, ConfigError, RowError, candidate_seed, pack, unpack
 from actors.engines.base import Completion, EngineConfig, EngineStats, Request
-from actors.policy import PolicyConfig, PolicyStage, split_reasoning
+from actors.policy import PolicyConfig, PolicyStage
 from actors.pool import ModelStage
 
 PROBLEM_ROW = {"stage": "read", "cause": "null_prompt", "error_class": "InputError", "message": "m", "attempts": 1}
@@ -197,6 +198,26 @@ def test_a_seed_that_depended_on_the_position_would_be_caught(
     whole = run(unit_of(prompts), policy())
     cut = [row for prompt in prompts for row in run(unit_of([prompt]), policy())]
     assert whole != cut
+
+
+def test_an_aligners_thinking_is_kept_apart_too(engine: Scripted) -> None:
+    (row,) = run(unit_of(["hello"]), policy(), aligner(template="<think>let me see</think>{{ answer }}"))
+    assert row["aligned"][0]["reasoning"] == "let me see"
+    assert row["aligned"][0]["text"].startswith("hello [")
+
+
+def test_the_cause_of_a_lost_row_is_that_of_the_candidate_that_went_furthest() -> None:
+    def candidate(status: str, error: str | None) -> dict[str, Any]:
+        return {"status": status, "error": error}
+
+    responses = [candidate("failed", "empty_answer: "), candidate("ok", None)]
+    aligned = [candidate("failed", "response_failed: "), candidate("failed", "prompt_too_long: 9 tokens")]
+    found = lost(responses, aligned)
+    assert found is not None
+    assert (found["stage"], found["cause"], found["message"]) == ("aligner", "prompt_too_long", "9 tokens")
+    found = lost(responses[:1], aligned[:1])
+    assert found is not None
+    assert (found["stage"], found["cause"]) == ("policy", "empty_answer")
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,12 @@ NUM_BAD = {
     "unreadable_row_group": 4,
 }
 NUM_GOOD = {"strings.parquet": 3, "chats.parquet": 2, "truncated.parquet": 4}
-BAD_SHARDS = {"broken.parquet": "broken_footer", "columnless.parquet": "missing_column"}
+BAD_SHARDS = {
+    "broken.parquet": "broken_footer",
+    "columnless.parquet": "missing_column",
+    "numbers.parquet": "wrong_type",
+    "other-schema.parquet": "schema_mismatch",
+}
 
 
 def write_strings(folder: Path) -> None:
@@ -54,7 +59,7 @@ def write_strings(folder: Path) -> None:
     ]
     ids, prompts = zip(*rows, strict=True)
     column = pa.array(prompts, pa.binary()).view(pa.string())  # strings whose bytes nobody has checked
-    write_shard(folder / "strings.parquet", {"id": ids, "prompt": column})
+    write_shard(folder / "strings.parquet", {"id": ids, "prompt": column, "topic": ["a"] * len(ids)})
 
 
 def write_chats(folder: Path) -> None:
@@ -69,12 +74,17 @@ def write_chats(folder: Path) -> None:
         chat(("user", None)),
         chat(("system", "Be brief."), ("user", "Where?")),
     ]
-    write_shard(folder / "chats.parquet", {"id": [f"c{number}" for number in range(6)], "prompt": prompts})
+    columns = {"id": [f"c{number}" for number in range(6)], "prompt": prompts, "topic": ["b"] * 6}
+    write_shard(folder / "chats.parquet", columns)
 
 
 def write_truncated(folder: Path) -> None:
     """The second of two row groups is gone but for the footer, as after a copy that lost its blocks."""
-    columns = {"id": [f"t{number}" for number in range(8)], "prompt": [f"What is {number}?" for number in range(8)]}
+    columns = {
+        "id": [f"t{number}" for number in range(8)],
+        "prompt": [f"What is {number}?" for number in range(8)],
+        "topic": ["c"] * 8,
+    }
     path = write_shard(folder / "truncated.parquet", columns, row_group_size=4)
     start = pq.read_metadata(path).row_group(1).column(0).dictionary_page_offset
     metadata = pq.read_metadata(path).row_group(1)
@@ -87,7 +97,9 @@ def write_truncated(folder: Path) -> None:
 def write_bad_shards(folder: Path) -> None:
     path = write_shard(folder / "broken.parquet", {"id": ["b"], "prompt": ["Is this the end?"]})
     path.write_bytes(path.read_bytes()[:-20])
-    write_shard(folder / "columnless.parquet", {"id": ["m"], "question": ["Where is it?"]})
+    write_shard(folder / "columnless.parquet", {"id": ["m"], "question": ["Where is it?"], "topic": ["a"]})
+    write_shard(folder / "numbers.parquet", {"id": ["n"], "prompt": [7], "topic": ["a"]})
+    write_shard(folder / "other-schema.parquet", {"id": ["o"], "prompt": ["What is it?"], "topic": [1.5]})
 
 
 @dataclass(frozen=True)
@@ -110,9 +122,12 @@ def account(command_line: CommandLine, tiny_llama: Path, new_folder: Callable[[]
     write_strings(prompts)
     write_chats(prompts)
     write_truncated(prompts)
+    nothing = {name: pa.array([], pa.string()) for name in ("id", "prompt", "topic")}
+    write_shard(prompts / "empty.parquet", nothing)
     write_bad_shards(prompts)
     arguments = [
-        f"input.path={prompts}", "input.id_column=id", f"output.root={root}", *tiny_pool("policy", tiny_llama, 8),
+        f"input.path={prompts}", "input.id_column=id", "input.keep_columns=[topic]", f"output.root={root}",
+        *tiny_pool("policy", tiny_llama, 8),
         "policy.max_model_len=100", "aligner=identity", "run.task_mib=1",
     ]  # fmt: skip
     refused = command_line.run(*arguments)
@@ -130,9 +145,9 @@ def account(command_line: CommandLine, tiny_llama: Path, new_folder: Callable[[]
 
 def test_bad_shards_are_refused_before_any_work(account: Account) -> None:
     account.refused.expect(3)
-    broken, columnless, nothing = account.refused.errors
-    assert broken.startswith("error: shard broken.parquet: broken_footer: ")
-    assert columnless.startswith("error: shard columnless.parquet: missing_column: ")
+    *bad, nothing = account.refused.errors
+    for line, (name, reason) in zip(bad, BAD_SHARDS.items(), strict=True):
+        assert line.startswith(f"error: shard {name}: {reason}: ")
     assert "input.on_bad_shard=skip" in nothing
 
 
@@ -171,8 +186,8 @@ def test_a_quarantined_row_says_what_is_wrong_and_keeps_its_input(account: Accou
         if row["cause"] == "unreadable_row_group":
             assert row["input"] is None
         else:
-            assert set(json.loads(row["input"])) == {"id", "prompt"}
-    assert json.loads(found["strings", 1]["input"]) == {"id": "s1", "prompt": None}
+            assert set(json.loads(row["input"])) == {"id", "prompt", "topic"}
+    assert json.loads(found["strings", 1]["input"]) == {"id": "s1", "prompt": None, "topic": "a"}
     assert json.loads(found["strings", 4]["input"])["prompt"] == {"base64": "Y2Fm6Q=="}
     assert json.loads(found["chats", 1]["input"])["prompt"][1] == {"role": "user", "content": "And why?"}
     assert found["chats", 2]["message"] == "roles are assistant, user; system (optional), then user, assistant, … user"

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from actors.board import Snapshot
 from pipelines.progress import STALLED, PoolTotals, Tally, _lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +50,3 @@ def test_a_stall_ends_the_process_with_a_diagnosis() -> None:
         ended.stderr
     )
     assert "7 units were committed" in ended.stderr
-
-
-def test_a_snapshot_says_starting_until_the_engine_is_up() -> None:
-    assert Snapshot().state == "starting"

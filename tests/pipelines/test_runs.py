@@ -20,7 +20,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 def config(**sections: object) -> AlignCorpusConfig:
     return AlignCorpusConfig(
         **{
-            "input": InputConfig(path="/in"),
+            "input": InputConfig(path="/in", response_column="response"),
             "output": OutputConfig(root="/out"),
             "policy": PolicyConfig(model="p", engine="stored"),
             "aligner": AlignerConfig(model="a", engine="stored"),
@@ -43,7 +43,7 @@ def test_the_documented_config_is_the_schema() -> None:
         config(aligner=AlignerConfig(model="a", engine="stored", recipe="aligner")),
         config(aligner=AlignerConfig(model="a", engine="stored", template="{{ answer }}")),
         config(run=RunConfig(seed=1)),
-        config(input=InputConfig(path="/in", keep_columns=["x"])),
+        config(input=InputConfig(path="/in", response_column="response", keep_columns=["x"])),
     ],
 )
 def test_what_can_change_a_row_is_in_the_fingerprint(other: AlignCorpusConfig) -> None:
@@ -58,7 +58,7 @@ def test_what_can_change_a_row_is_in_the_fingerprint(other: AlignCorpusConfig) -
         ),
         config(run=RunConfig(unit_rows=1, task_mib=3, stall_minutes=1, accept_quarantined=True)),
         config(site=SiteConfig(ray_address="auto", storage_options={"x": 1})),
-        config(input=InputConfig(path="/elsewhere")),
+        config(input=InputConfig(path="/elsewhere", response_column="response")),
         config(output=OutputConfig(root="/elsewhere", part_mib=1)),
     ],
 )
@@ -90,3 +90,14 @@ def test_a_change_is_refused_while_units_wait_and_needs_consent_after(tmp_path: 
             check(unpublished=True, published=True, accept=accept)
     with pytest.raises(ConfigError, match=r"gone was 1 and is '\(not there\)'; new was .* run\.accept_changes=true"):
         check(unpublished=False, published=True, accept=False)
+
+
+def test_stored_answers_need_a_column() -> None:
+    with pytest.raises(ConfigError, match=r"input\.response_column must name the column of the answers"):
+        config(input=InputConfig(path="/in"))
+
+
+@pytest.mark.parametrize("name", ["secret", "key", "aws_session_token", "password"])
+def test_secrets_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"site.storage_options.{name}: secrets do not go into a config"):
+        SiteConfig(storage_options={name: "hunter2"})

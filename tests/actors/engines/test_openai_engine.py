@@ -22,7 +22,6 @@ from actors.engines import openai_engine
 from actors.engines.base import Completion, EngineConfig, Request
 from actors.engines.identity import identity, pinned
 from actors.engines.openai_engine import OpenAIEngine
-from actors.policy import split_reasoning
 
 KEY = "sk-not-to-be-seen"
 CHAT = Request((("user", "hi"),), seed=2**62 + 1)
@@ -123,7 +122,7 @@ def test_raw_text_goes_to_the_completions_endpoint() -> None:
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
 def test_thinking_that_is_kept_apart_is_found_again(field: str) -> None:
     [made] = ask(Endpoint(lambda _: answer("yes", **{field: "hm, well"})))
-    assert split_reasoning(made.text, "</think>") == ("hm, well", "yes")
+    assert (made.reasoning, made.text) == ("hm, well", "yes")
 
 
 def test_retry_after_is_honoured() -> None:

@@ -1,0 +1,28 @@
+"""The board's totals, through the lives of a replica."""
+
+import time
+
+from actors.board import Board, Snapshot
+
+
+def test_what_a_replica_counted_before_it_was_started_again_still_counts() -> None:
+    board = Board()
+    board.report("policy", "a", Snapshot(num_rows=10, num_failed=1, num_tokens=500, num_running=3, state="running"))
+    board.report("policy", "a", Snapshot())
+    board.report("policy", "a", Snapshot(num_rows=4, num_tokens=100, num_running=2, state="running"))
+    board.report("policy", "b", Snapshot(num_rows=1))
+    (a, _), (b, _) = board.read()["policy"]
+    assert (a.num_rows, a.num_failed, a.num_tokens, a.num_running) == (14, 1, 600, 2)
+    assert b.num_rows == 1
+
+
+def test_a_report_that_says_nothing_new_is_no_progress() -> None:
+    board = Board()
+    board.report("policy", "a", Snapshot(num_rows=1))
+    time.sleep(0.05)
+    board.report("policy", "a", Snapshot(num_rows=1))
+    ((_, idle_s),) = board.read()["policy"]
+    assert idle_s >= 0.05
+    board.report("policy", "a", Snapshot(num_rows=2))
+    ((_, moved_s),) = board.read()["policy"]
+    assert moved_s < idle_s
