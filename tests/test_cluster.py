@@ -211,8 +211,8 @@ def test_the_pools_fit_onto_the_groups_and_fill_their_gpus() -> None:
     nodes = grown(job())
     assert left_over(needs(config), nodes) == []
     for name, pool in pools(config).items():
-        (gpus,) = {node.gpus for node in nodes if node.name == name}
-        assert pool.replicas * pool.num_gpus % gpus == 0, f"{name} leaves GPUs of a node unused"
+        has = sum(node.gpus for node in nodes if node.name == name)
+        assert pool.replicas * pool.num_gpus == has, "fewer do not do, and a node more is paid for and unused"
         without = [node for node in nodes if node.name != name]
         assert [need.name for need in left_over(needs(config), without)] == [name], "only its own group holds a pool"
     assert {node.cpus for node in nodes if node.name == "headgroup"} == {0}
