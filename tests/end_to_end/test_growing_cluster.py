@@ -98,14 +98,19 @@ def test_the_manifests_cluster_grows_to_what_the_pools_need_and_no_further(
         *entrypoint, f"input.path={tmp_path / 'prompts.parquet'}", f"output.root={tmp_path / 'output'}",
         "input.response_column=response", "policy=stored", "policy.model=stored", "policy.replicas=5",
         "policy.num_gpus=1", "aligner=identity", "aligner.model=identity", "aligner.replicas=1",
-        "aligner.tensor_parallel_size=1", "run.unit_rows=2", "run.wait_for_resources_s=60",
+        "aligner.tensor_parallel_size=1", "run.unit_rows=2", "run.wait_for_resources_s=200",
     ]  # fmt: skip
 
     refused = growing_command_line.run(*job, "policy.replicas=17").expect(2)
     assert "not even with all the nodes that the autoscaler may add. Asked for: policy: 17 x 1 GPUs" in refused.stderr
     assert seen(growing_head) == ({"none": 1}, 0), "what is refused brings no node"
 
-    completed = growing_command_line.run(*job).expect(0)
-    assert "waiting up to 60 s for nodes: aligner: 1 x 4 GPUs" in completed.stderr
+    completed = growing_command_line.run(*job, limit_s=300).expect(0)
+    assert "waiting up to 200 s for nodes: aligner: 1 x 4 GPUs" in completed.stderr
     assert sorted(row["prompt_id"] for row in corpus(tmp_path / "output")) == sorted(texts)
     assert seen(growing_head) == ({"none": 1, "policy": 2, "aligner": 1}, 0)
+
+    late = growing_command_line.run(
+        *job, f"output.root={tmp_path / 'late'}", "policy.replicas=16", "run.wait_for_resources_s=0"
+    ).expect(2)
+    assert "the pools do not fit after 0 s (run.wait_for_resources_s): 8 of policy have no place" in late.stderr
