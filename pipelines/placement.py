@@ -6,10 +6,14 @@ from dataclasses import dataclass, field, replace
 
 import ray
 from ray.autoscaler.sdk import request_resources
+from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
 from actors.contract import ConfigError
 
 POLL_S = 2.0
+STATUS_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Node:
-    """A node, or one that the autoscaler may still add."""
+    """A node, or one that a cluster may still have."""
 
     name: str
     cpus: float
@@ -75,40 +79,63 @@ def refusal(needs: list[Need], nodes: list[Node], why: str) -> ConfigError | Non
     missing = left_over(needs, nodes)
     if not missing:
         return None
-    asked = "; ".join(map(str, needs))
-    there = "; ".join(map(str, nodes)) or "none"
     short = ", ".join(f"{need.count} of {need.name}" for need in missing)
-    return ConfigError(f"the pools do not fit {why}: {short} have no place. Asked for: {asked}. Nodes: {there}")
+    return ConfigError(f"the pools do not fit {why}: {short} have no place. {arithmetic(needs, nodes)}")
+
+
+def arithmetic(needs: list[Need], nodes: list[Node]) -> str:
+    """What is asked for, and what there is."""
+    return f"Asked for: {'; '.join(map(str, needs))}. Nodes: {'; '.join(map(str, nodes)) or 'none'}"
 
 
 def wait_until_placeable(needs: list[Need], wait_s: float, announce: Callable[[str], None]) -> None:
     """Return when the needs fit onto the cluster's nodes.
 
-    On a cluster that can grow, asks the autoscaler for what is needed and waits, saying so, up to `wait_s` seconds.
-    Raises ConfigError at once for what exceeds even the node types that are declared, and when the wait is over.
+    On a cluster that can grow, asks its autoscaler for what is needed and waits, saying so, up to `wait_s` seconds.
+    Raises ConfigError as soon as the autoscaler finds that all the nodes it may add would not do, and when the wait is
+    over.
     """
-    if not left_over(needs, live_nodes()):
+    error = refusal(needs, live_nodes(), "on this cluster")
+    if error is None:
         return
-    possible = [*live_nodes(), *declared_nodes()]
-    error = refusal(
-        needs, possible, "even a cluster that has grown as far as it may" if declared_nodes() else "on this cluster"
-    )
-    if error:
+    if not is_autoscaler_v2():  # the first one knows no labels, and none tells what it may add
         raise error
+    try:
+        _request(needs)
+        asked = _status().cluster_resource_state.cluster_resource_state_version
+        announce(f"waiting up to {wait_s:g} s for nodes: {'; '.join(map(str, left_over(needs, live_nodes())))}")
+        deadline = time.monotonic() + wait_s
+        while error := refusal(needs, nodes := live_nodes(), f"after {wait_s:g} s (run.wait_for_resources_s)"):
+            answer = _status().autoscaling_state
+            answered = answer.last_seen_cluster_resource_state_version >= asked
+            if answered and answer.infeasible_cluster_resource_constraints:
+                raise ConfigError(
+                    "the pools do not fit, not even with all the nodes that the autoscaler may add. "
+                    + arithmetic(needs, nodes)
+                )
+            if time.monotonic() > deadline:
+                raise error
+            time.sleep(POLL_S)
+    finally:
+        _request([])  # what is asked for would be kept for ever; from here on the pools themselves hold the nodes
+
+
+def _request(needs: list[Need]) -> None:
+    """Tell the autoscaler that all of this must have a place at the same time; an empty list takes it back."""
     each = [need for need in needs for _ in range(need.count)]
     request_resources(
-        bundles=[{"CPU": need.cpus, "GPU": need.gpus} for need in each],
+        bundles=[
+            {name: amount for name, amount in (("CPU", need.cpus), ("GPU", need.gpus)) if amount} for need in each
+        ],
         bundle_label_selectors=[dict(need.labels) for need in each],
     )
-    announce(f"waiting up to {wait_s:g} s for nodes: {'; '.join(map(str, left_over(needs, live_nodes())))}")
-    deadline = time.monotonic() + wait_s
-    while left_over(needs, live_nodes()):
-        if time.monotonic() > deadline:
-            raise (
-                refusal(needs, live_nodes(), f"on this cluster after {wait_s:g} s (run.wait_for_resources_s)")
-                or AssertionError
-            )
-        time.sleep(POLL_S)
+
+
+def _status() -> GetClusterStatusReply:
+    """What is asked of the autoscaler, and its last answer. Each has the version of what was asked."""
+    reply = GetClusterStatusReply()
+    reply.ParseFromString(internal_kv_get_gcs_client().get_cluster_status(timeout_s=STATUS_TIMEOUT_S))
+    return reply
 
 
 def live_nodes() -> list[Node]:
@@ -122,22 +149,4 @@ def live_nodes() -> list[Node]:
         )
         for node in ray.nodes()
         if node["Alive"]
-    ]
-
-
-def declared_nodes() -> list[Node]:
-    """Nodes that the autoscaler's configuration would let it add to those there are now."""
-    config = ray._private.state.state.get_cluster_config()
-    if config is None:
-        return []
-    num_live = len(live_nodes())
-    return [
-        Node(
-            f"{group.name} (to be added)",
-            group.resources.get("CPU", 0),
-            group.resources.get("GPU", 0),
-            dict(group.labels),
-        )
-        for group in config.node_group_configs
-        for _ in range(max(0, int(group.max_count) - num_live if group.max_count > 0 else 0))
     ]

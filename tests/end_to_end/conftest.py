@@ -45,10 +45,26 @@ class RayHead:
 
 @pytest.fixture(scope="session")
 def ray_head(request: pytest.FixtureRequest) -> Iterator[RayHead]:
-    """A head with logical CPUs and GPUs, its own ports and its own token. Stopped by pid, as are its workers."""
+    """A head with logical CPUs and GPUs."""
+    with start_head(
+        [f"--num-cpus={NUM_CPUS}", f"--num-gpus={NUM_GPUS}"],
+        meanwhile=lambda: request.getfixturevalue("tiny_llama"),
+    ) as head:
+        yield head
+
+
+@contextlib.contextmanager
+def start_head(
+    arguments: Sequence[str],
+    environment: dict[str, str] | None = None,
+    gcs_port: int | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> Iterator[RayHead]:
+    """A head with its own ports and its own token. Stopped by pid, as are its workers and the nodes that it added."""
     folder = Path(tempfile.mkdtemp(prefix="e2e-"))  # short: the paths of Unix sockets may have 107 bytes
-    port, client, dashboard, agent = _free_ports(4)
-    environment = plain_environment()
+    port, client, dashboard, agent = free_ports(4)
+    port = gcs_port or port
+    environment = {**plain_environment(), **(environment or {})}
     (folder / "token").write_text(secrets.token_hex(32))
     environment.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(folder / "token"))
     scripts = Path(sys.executable).parent
@@ -57,13 +73,13 @@ def ray_head(request: pytest.FixtureRequest) -> Iterator[RayHead]:
     command += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--ray-client-server-port={client}"]
     command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
     command += ["--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder / 'ray'}"]
-    command += [f"--num-cpus={NUM_CPUS}", f"--num-gpus={NUM_GPUS}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
+    command += [f"--object-store-memory={OBJECT_STORE_BYTES}", *arguments]
     with (folder / "log").open("wb") as log:
         head = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=heed_ctrl_c
         )
     try:
-        request.getfixturevalue("tiny_llama")  # is built while the head starts
+        meanwhile()
         _wait_until_up(head, folder / "log")
         raylet = next(child.pid for child in psutil.Process(head.pid).children() if child.name() == "raylet")
         address = f"127.0.0.1:{port}"
@@ -92,7 +108,7 @@ def _stop(head: "subprocess.Popen[bytes]") -> None:
     head.wait()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
