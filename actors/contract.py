@@ -42,7 +42,7 @@ ALIGNED_LIST = pa.list_(pa.field("element", ALIGNED, False))
 
 PROBLEM = pa.struct(
     [
-        pa.field("stage", pa.string(), False),  # read | policy | aligner
+        pa.field("stage", pa.string(), False),  # read | policy | aligner | publish
         pa.field("cause", pa.string(), False),  # a slug to group and to retry by, e.g. prompt_too_long
         pa.field("error_class", pa.string(), False),
         pa.field("message", pa.string(), False),

@@ -1,12 +1,13 @@
 """The README's code runs, its keys exist, and its links lead somewhere."""
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 
-from pipelines.config import reference_yaml
+from pipelines.config import compose, reference_yaml
 from pipelines.corpus.publish import OutputConfig, publish
 from pipelines.corpus.storage import Storage
 from pipelines.settings import AlignCorpusConfig
@@ -41,6 +42,21 @@ def test_every_key_in_the_readme_exists() -> None:
     named = set(re.findall(r"\b((?:input|output|policy|aligner|run|site)\.\w+)", README))
     assert named - known - {"policy.py", "aligner.py"} == set()
     assert len(named) > 10
+
+
+def commands() -> list[list[str]]:
+    """The arguments of every align_corpus.py command of the README."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line.partition("align_corpus.py")[2]) for line in lines if "align_corpus.py" in line]
+
+
+@pytest.mark.parametrize("arguments", commands(), ids=lambda arguments: arguments[0])
+def test_every_command_is_a_config(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config, _ = compose(
+        AlignCorpusConfig, arguments, prog="align_corpus", description="", groups=("policy", "aligner", "site")
+    )
+    assert config.output.root
 
 
 def test_every_link_leads_to_a_file() -> None:
