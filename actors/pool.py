@@ -108,7 +108,12 @@ class ModelStage:
             for number, row in numbered:
                 results[number] = await make(row)
 
-        await asyncio.gather(*(work() for _ in range(min(len(rows), 2 * self._max_num_seqs))))
+        workers = [asyncio.create_task(work()) for _ in range(min(len(rows), 2 * self._max_num_seqs))]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:  # after an error the rest would go on asking an endpoint for a unit that is given up
+                worker.cancel()
         return [results[number] for number in range(len(rows))]
 
     async def __call__(self, packed: pa.Table) -> AsyncIterator[pa.Table]:

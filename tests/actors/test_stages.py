@@ -8,7 +8,7 @@ import pytest
 
 from actors.aligner import AlignerConfig, AlignerStage
 from actors.candidates import lost, split_reasoning
-from actors.contract import PROBLEM, PROMPT, ConfigError, RowError, candidate_seed, pack, unpack
+from actors.contract import PROBLEM, PROMPT, ConfigError, RowError, TransientError, candidate_seed, pack, unpack
 from actors.engines.base import Completion, EngineConfig, EngineStats, Request
 from actors.policy import PolicyConfig, PolicyStage
 from actors.pool import ModelStage
@@ -233,6 +233,30 @@ def test_the_cause_of_a_lost_row_is_that_of_the_candidate_that_went_furthest() -
 )
 def test_reasoning_is_kept_apart(text: str, end: str | None, expected: tuple[str | None, str]) -> None:
     assert split_reasoning(text, end) == expected
+
+
+def test_after_an_engines_error_nothing_more_of_the_unit_is_asked(
+    engine: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    async def generate(request: Request) -> Completion:
+        asked.append(len(asked))
+        await asyncio.sleep(0)
+        if len(asked) > 10:
+            raise TransientError("the endpoint is out")
+        return Completion("yes", "stop", 1, 1)
+
+    monkeypatch.setattr(engine, "generate", generate)
+
+    async def through() -> None:
+        stage = policy(max_num_seqs=2)
+        with pytest.raises(TransientError):
+            await anext(stage(unit_of([str(number) for number in range(100)])))
+        await asyncio.sleep(0.05)
+
+    asyncio.run(through())
+    assert 10 < len(asked) <= 14
 
 
 @pytest.mark.usefixtures("engine")
