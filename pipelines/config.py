@@ -6,24 +6,18 @@ here, so that every mistake is one line that names the key, where it stands and 
 """
 
 import difflib
-import functools
-import importlib
-import json
 import math
-import re
-import sys
-import textwrap
-import types
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from actors.contract import ConfigError, Doc
+from actors.contract import ConfigError
+from pipelines.reference import SCALARS, Entry, describe, fill, help_text, hints, is_section, merge, unwrap, walk
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 FLAGS = {
@@ -32,7 +26,6 @@ FLAGS = {
     "--limit N": "make at most N of the rows that are not done, rounded up to whole units",
     "--help": "print this text",
 }
-SCALARS = {int: "an integer", float: "a number", bool: "true or false", str: "text", Any: "any value"}
 EXAMPLES = {int: "1", float: "0.5", bool: "true", str: "TEXT"}
 
 T = TypeVar("T")
@@ -59,8 +52,8 @@ class _Layer(NamedTuple):
 
     def unknown(self, key: str, parent: str, kind: Any) -> NoReturn:
         """Fail for `key`, which is not one of `kind`'s, the type of `parent`."""
-        siblings = [f"{parent}.{name}".lstrip(".") for name in _hints(kind)] if _is_section(kind) else [parent]
-        keys = list(dict.fromkeys([*siblings, *(entry.key for entry in _walk(self.schema))]))
+        siblings = [f"{parent}.{name}".lstrip(".") for name in hints(kind)] if is_section(kind) else [parent]
+        keys = list(dict.fromkeys([*siblings, *(entry.key for entry in walk(self.schema))]))
         if key in keys:
             self.fail(f"{key!r} is written as one key; nest it in its section")
         near = [known for known in keys if known.endswith(f".{key}")] or difflib.get_close_matches(key, keys, 2, 0.7)
@@ -89,9 +82,9 @@ def compose(
         SystemExit: 0, after `--help` was printed.
     """
     root: Any = schema
-    folders = {_unwrap(_hints(root)[group])[0]: group for group in groups}
+    folders = {unwrap(hints(root)[group])[0]: group for group in groups}
     if "--help" in argv or "-h" in argv:
-        print(_help(schema, prog, description, groups), end="")
+        print(help_text(schema, prog, description, FLAGS, {group: presets(group) for group in groups}), end="")
         raise SystemExit(0)
     file, overrides, flags = _arguments(argv)
     chosen: dict[str, tuple[_Layer, Any]] = {}
@@ -115,24 +108,24 @@ def compose(
             chosen[key] = layer, value
         else:
             assignments.append((layer, key, text))
-    tree = _fill(schema, {})
+    tree = fill(schema, {})
     for key, (layer, name) in chosen.items():
-        tree[key] = _merge(tree[key], _check(_hints(root)[key], name, key, layer))
-    tree = _merge(tree, own)
+        tree[key] = merge(tree[key], _check(hints(root)[key], name, key, layer))
+    tree = merge(tree, own)
     for layer, key, text in assignments:
         tree = _assign(schema, tree, key.split("."), text, "", layer)
-    tree = _fill(schema, tree)
+    tree = fill(schema, tree)
     try:
         tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
         where = getattr(error, "full_key", None) or "config"
         raise ConfigError(f"{where}: {_first_line(error)} (a literal '${{' is written '\\${{')") from None
-    tree = _fill(schema, _check(schema, tree, "", _Layer("after resolving ${...}", schema, folders, resolved=True)))
-    missing: list[_Entry] = []
+    tree = fill(schema, _check(schema, tree, "", _Layer("after resolving ${...}", schema, folders, resolved=True)))
+    missing: list[Entry] = []
     config: T = _build(schema, tree, "", missing)
     if missing:
         told = "; ".join(f"{entry.key} ({entry.doc.help})" for entry in missing)
-        example = " ".join(f"{entry.key}={EXAMPLES.get(_unwrap(entry.hint)[0], '...')}" for entry in missing)
+        example = " ".join(f"{entry.key}={EXAMPLES.get(unwrap(entry.hint)[0], '...')}" for entry in missing)
         raise ConfigError(f"required but not set: {told}. Example: {example}")
     return config, flags
 
@@ -213,18 +206,18 @@ def _yaml(text: str, source: str) -> Any:
 
 def _assign(hint: Any, node: Any, path: list[str], text: str, key: str, layer: _Layer) -> Any:
     """Return a copy of `node`, a plain value of type `hint`, with what stands at `path` set to what `text` says."""
-    kind, _ = _unwrap(hint)
+    kind, _ = unwrap(hint)
     if not path:
         value = _typed(hint, text, layer)
         if value == MISSING:
             return node
         checked = _check(hint, value, key, layer)
-        return checked if isinstance(value, str) else _merge(node, checked)
+        return checked if isinstance(value, str) else merge(node, checked)
     name, *rest = path
     child = f"{key}.{name}" if key else name
-    if _is_section(kind) and name in _hints(kind):
+    if is_section(kind) and name in hints(kind):
         node = node if isinstance(node, dict) else {}
-        return node | {name: _assign(_hints(kind)[name], node.get(name), rest, text, child, layer)}
+        return node | {name: _assign(hints(kind)[name], node.get(name), rest, text, child, layer)}
     if get_origin(kind) is list and name.isdecimal():
         length = len(node) if isinstance(node, list) else 0
         if len(name) > 6 or int(name) >= length:
@@ -240,7 +233,7 @@ def _assign(hint: Any, node: Any, path: list[str], text: str, key: str, layer: _
 
 def _typed(hint: Any, text: str, layer: _Layer) -> Any:
     """Read a value of the command line. Text is not YAML: `#`, `:`, line breaks and 0123 stay what they are."""
-    kind, optional = _unwrap(hint)
+    kind, optional = unwrap(hint)
     if kind is str or get_origin(kind) is Literal:
         if text in ("null", "~", "") and (optional or text):
             return None
@@ -249,56 +242,19 @@ def _typed(hint: Any, text: str, layer: _Layer) -> Any:
     return _yaml(text, layer.source)
 
 
-def _merge(base: Any, over: Any) -> Any:
-    if isinstance(base, dict) and isinstance(over, dict):
-        return base | {key: _merge(base.get(key), value) for key, value in over.items()}
-    return over
-
-
 # --- types ----------------------------------------------------------------------------------------------------------
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and is_dataclass(kind)
-
-
-@functools.cache
-def _hints(section: Any) -> dict[str, Any]:
-    hints = get_type_hints(section)
-    return {field.name: hints[field.name] for field in fields(section)}
-
-
-def _unwrap(hint: Any) -> tuple[Any, bool]:
-    """Split `X | None` into X and whether null is allowed."""
-    if get_origin(hint) in (Union, types.UnionType):
-        (kind,) = (arg for arg in get_args(hint) if arg is not types.NoneType)
-        return kind, True
-    return hint, False
-
-
-def _describe(hint: Any) -> str:
-    kind, optional = _unwrap(hint)
-    if get_origin(kind) is Literal:
-        text = f"one of {', '.join(map(str, get_args(kind)))}"
-    elif get_origin(kind) is list:
-        text = f"a list, each element {_describe(get_args(kind)[0])}"
-    elif _is_section(kind) or get_origin(kind) is dict:
-        text = "a mapping"
-    else:
-        text = SCALARS[kind]
-    return f"{text} or null" if optional else text
 
 
 def _check(hint: Any, value: Any, key: str, layer: _Layer) -> Any:
     """Return the plain form of a value of type `hint`; group files are read where a section may be chosen by name."""
-    kind, optional = _unwrap(hint)
+    kind, optional = unwrap(hint)
     if (value is None and optional) or kind is Any:
         return value
-    if _is_section(kind) and kind in layer.groups and isinstance(value, str):
+    if is_section(kind) and kind in layer.groups and isinstance(value, str):
         return _preset(kind, value, key, layer)
     if isinstance(value, str) and "${" in value and not layer.resolved:
         return value  # checked again once it is resolved
-    if _is_section(kind) and isinstance(value, dict):
+    if is_section(kind) and isinstance(value, dict):
         base: Any = {}
         if kind in layer.groups and "preset" in value:
             base = _check(kind, value["preset"], key, layer)
@@ -306,11 +262,11 @@ def _check(hint: Any, value: Any, key: str, layer: _Layer) -> Any:
         own = {}
         for name, item in value.items():
             child = f"{key}.{name}" if key else str(name)
-            if name not in _hints(kind):
+            if name not in hints(kind):
                 layer.unknown(child, key, kind)
             if item != MISSING:  # "???" means not set, as in OmegaConf: it hides no value of a layer below
-                own[name] = _check(_hints(kind)[name], item, child, layer)
-        return _merge(base, own)
+                own[name] = _check(hints(kind)[name], item, child, layer)
+        return merge(base, own)
     if get_origin(kind) is list and isinstance(value, list):
         return [_check(get_args(kind)[0], item, f"{key}.{index}", layer) for index, item in enumerate(value)]
     if get_origin(kind) is dict and isinstance(value, dict) and all(isinstance(name, str) for name in value):
@@ -324,39 +280,19 @@ def _check(hint: Any, value: Any, key: str, layer: _Layer) -> Any:
         return float(read)
     also = " or the name of a preset" if kind in layer.groups else ""
     also = " in quotes" if kind is str and isinstance(value, int | float) else also
-    layer.fail(f"{key} expects {_describe(hint)}{also}, got {_show(value)}")
+    layer.fail(f"{key} expects {describe(hint)}{also}, got {_show(value)}")
 
 
-@functools.cache
-def _defaults(section: Any) -> Any:
-    """Plain defaults of a section; a required section in it is {}, so that its own fields say what is required."""
-    plain: Any = OmegaConf.to_container(OmegaConf.structured(section))
-    return {
-        name: {} if item == MISSING and _is_section(_hints(section)[name]) else item for name, item in plain.items()
-    }
-
-
-def _fill(hint: Any, value: Any) -> Any:
-    """Add the defaults of what is not set, in every section that is there."""
-    kind, _ = _unwrap(hint)
-    if get_origin(kind) is list and isinstance(value, list):
-        return [_fill(get_args(kind)[0], item) for item in value]
-    if not _is_section(kind) or not isinstance(value, dict):
-        return value
-    merged = _merge(_defaults(kind), value)
-    return {name: _fill(child, merged[name]) for name, child in _hints(kind).items()}
-
-
-def _build(kind: Any, value: Any, key: str, missing: list["_Entry"]) -> Any:
+def _build(kind: Any, value: Any, key: str, missing: list[Entry]) -> Any:
     """Make the dataclasses of a filled value; required fields that are not set are added to `missing`."""
-    kind, _ = _unwrap(kind)
+    kind, _ = unwrap(kind)
     if get_origin(kind) is list and isinstance(value, list):
         return [_build(get_args(kind)[0], item, f"{key}{index}.", missing) for index, item in enumerate(value)]
-    if not _is_section(kind) or value is None:
+    if not is_section(kind) or value is None:
         return value
     values = {}
     for field in fields(kind):
-        child = _Entry(f"{key}{field.name}", _hints(kind)[field.name], value[field.name], field.metadata["doc"])
+        child = Entry(f"{key}{field.name}", hints(kind)[field.name], value[field.name], field.metadata["doc"])
         missing += [child] if child.default == MISSING else []
         values[field.name] = _build(child.hint, child.default, f"{child.key}.", missing)
     try:
@@ -365,93 +301,7 @@ def _build(kind: Any, value: Any, key: str, missing: list["_Entry"]) -> Any:
         raise ConfigError(f"{key}{error}") from None
 
 
-# --- telling --------------------------------------------------------------------------------------------------------
-
-
-class _Entry(NamedTuple):
-    """One dotted key of a schema."""
-
-    key: str
-    hint: Any
-    default: Any
-    doc: Doc
-
-
-def _walk(kind: Any, value: Any = None, prefix: str = "", shown: tuple[Any, ...] = ()) -> Iterator[_Entry]:
-    """Every dotted key in schema order, a section before its keys; those of a list's elements stand under `.0`."""
-    value = _fill(kind, {}) if value is None else value
-    for field in fields(kind):
-        entry = _Entry(prefix + field.name, _hints(kind)[field.name], value[field.name], field.metadata["doc"])
-        yield entry
-        inner, _ = _unwrap(entry.hint)
-        if _is_section(inner):
-            shown = (*shown, inner)
-            yield from _walk(inner, entry.default, f"{entry.key}.", shown)
-        elif get_origin(inner) is list and _is_section(get_args(inner)[0]) and get_args(inner)[0] not in shown:
-            yield from _walk(get_args(inner)[0], None, f"{entry.key}.0.", shown)
-
-
-def _help(schema: type, prog: str, description: str, groups: tuple[str, ...]) -> str:
-    headings = {"": "keys, written key=value:"}
-    rows: dict[str, list[tuple[str, str]]] = {"": []}
-    for entry in _walk(schema):
-        if _is_section(_unwrap(entry.hint)[0]):
-            headings[entry.key] = f"{entry.key}: {entry.doc.help}{' (default null)' if entry.default is None else ''}"
-        else:
-            default = "required" if entry.default == MISSING else f"default {_scalar(entry.default)}"
-            text = f"{entry.doc.help} ({_describe(entry.hint)}; {default})"
-            rows.setdefault(entry.key.rpartition(".")[0], []).append((entry.key, text))
-    lines = [f"usage: {prog} [flags] [key=value ...]", "", *textwrap.wrap(description, 110), "", "flags:"]
-    lines += _table(FLAGS.items())
-    for section, entries in rows.items():
-        heading = headings.get(section, f"{section}: one element of the list")
-        lines += ["", *textwrap.wrap(heading, 110), *_table(entries)]
-    lines += ["", "presets, chosen as group=NAME or group=PATH.yaml:"] if groups else []
-    lines += _table((group, ", ".join(presets(group)) or "none") for group in groups)
-    return "\n".join(lines) + "\n"
-
-
-def _table(rows: Iterable[tuple[str, str]]) -> list[str]:
-    lines = []
-    for name, text in rows:
-        wrapped = textwrap.wrap(text, 76, break_long_words=False, break_on_hyphens=False)
-        start = [f"  {name}"] if len(name) > 30 else [f"  {name:30}  {wrapped.pop(0)}"]
-        lines += start + [" " * 34 + line for line in wrapped]
-    return lines
-
-
-def reference_yaml(schema: type) -> str:
-    """Every key of a schema with its default and its help; loading the text gives exactly the schema's defaults."""
-    lines = [
-        f"# Every key of {schema.__name__} with its default. Generated; do not edit:",
-        f"#   python -m pipelines.config {schema.__module__}:{schema.__qualname__}",
-        "# A --config file needs only the keys it changes; ??? marks a key that must be set.",
-    ]
-    absent: tuple[str, ...] = ()
-    for entry in _walk(schema):
-        section = _is_section(_unwrap(entry.hint)[0])
-        name = entry.key.replace(".0.", ".")
-        indent = "  " * name.count(".") + ("# " if entry.key.startswith(absent) else "")
-        tell = entry.default in (None, MISSING) or get_origin(_unwrap(entry.hint)[0]) is Literal
-        text = f"{entry.doc.help} ({_describe(entry.hint)})" if tell and not section else entry.doc.help
-        value = "" if isinstance(entry.default, dict) and section else f" {_scalar(entry.default)}"
-        lines += [""] if section and not absent else []
-        line = f"{indent}{name.rpartition('.')[2]}:{value}"
-        if len(f"{line}  # {text}") > 120:
-            lines += textwrap.wrap(text, 118, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
-            lines.append(line)
-        else:
-            lines.append(f"{line}  # {text}")
-        if not isinstance(entry.default, dict):
-            absent = (*absent, f"{entry.key}.")
-    return "\n".join(lines) + "\n"
-
-
-def _scalar(value: Any) -> str:
-    """One line of YAML that OmegaConf reads back as the value."""
-    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_/][\w/.+-]*|\?\?\?", value) and _yaml(value, "") == value:
-        return value
-    return json.dumps(value, ensure_ascii=False)
+# --- what was made --------------------------------------------------------------------------------------------------
 
 
 def changes_rows(config: Any) -> dict[str, object]:
@@ -463,9 +313,9 @@ def _changes(section: Any, prefix: str) -> Iterator[tuple[str, object]]:
     for field in fields(section):
         value = getattr(section, field.name)
         key = f"{prefix}{field.name}"
-        if _is_section(type(value)):
+        if is_section(type(value)):
             yield from _changes(value, f"{key}.")
-        elif isinstance(value, list) and value and _is_section(type(value[0])):
+        elif isinstance(value, list) and value and is_section(type(value[0])):
             for index, item in enumerate(value):
                 yield from _changes(item, f"{key}.{index}.")
         elif field.metadata["doc"].changes_rows:
@@ -484,13 +334,3 @@ def _show(value: Any) -> str:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def main(argv: list[str]) -> None:
-    """Print the reference of the schema named by `module:Class`."""
-    module, _, name = (argv or ["pipelines.settings:AlignCorpusConfig"])[0].partition(":")
-    print(reference_yaml(getattr(importlib.import_module(module), name)), end="")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import compose, reference_yaml
+from pipelines.config import compose
 from pipelines.corpus.publish import OutputConfig, publish
 from pipelines.corpus.storage import Storage
+from pipelines.reference import reference_yaml
 from pipelines.settings import AlignCorpusConfig
 from tests.pipelines.corpus.fabricate import commit_units, fake_shard
 

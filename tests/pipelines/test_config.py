@@ -14,7 +14,8 @@ from omegaconf import MISSING, OmegaConf
 
 from actors.contract import ConfigError, option
 from pipelines import config as module
-from pipelines.config import Flags, changes_rows, compose, reference_yaml, resolved
+from pipelines.config import Flags, changes_rows, compose, resolved
+from pipelines.reference import reference_yaml
 
 
 @dataclass(frozen=True)
@@ -358,7 +359,7 @@ def test_help_holds_every_key_and_preset(capsys: pytest.CaptureFixture[str]) -> 
 def test_reference_holds_exactly_the_defaults(tmp_path: Path) -> None:
     text = reference_yaml(Job)
     assert OmegaConf.to_container(OmegaConf.create(text)) == OmegaConf.to_container(OmegaConf.structured(Job))
-    assert "python -m pipelines.config" in text
+    assert "python -m pipelines.reference" in text
     assert all(len(line) <= 120 for line in text.splitlines())
     assert all("#" in line for line in text.splitlines() if line and not line.startswith("  progress:"))
     assert make(*SET, text=text, tmp=tmp_path)[0] == make(*SET)[0]
@@ -366,9 +367,9 @@ def test_reference_holds_exactly_the_defaults(tmp_path: Path) -> None:
 
 def test_reference_is_printed_by_the_module() -> None:
     root = Path(module.__file__).parents[1]
-    command = [sys.executable, "-m", "pipelines.config", "actors.recipes:RecipeConfig"]
+    command = [sys.executable, "-m", "pipelines.reference", "actors.recipes:RecipeConfig"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    assert "\n#   python -m pipelines.config actors.recipes:RecipeConfig\n" in done.stdout
+    assert "\n#   python -m pipelines.reference actors.recipes:RecipeConfig\n" in done.stdout
     assert set(OmegaConf.create(done.stdout)) == {"recipe", "template", "aspects"}
 
 

@@ -7,11 +7,11 @@ import pytest
 from actors.aligner import AlignerConfig
 from actors.contract import ConfigError
 from actors.policy import PolicyConfig
-from pipelines.config import reference_yaml
 from pipelines.corpus.publish import OutputConfig
 from pipelines.corpus.runs import check_fingerprint, create_run, digest, latest_run
 from pipelines.corpus.shards import InputConfig
 from pipelines.corpus.storage import Storage
+from pipelines.reference import reference_yaml
 from pipelines.settings import AlignCorpusConfig, RunConfig, SiteConfig, fingerprint
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
