@@ -28,7 +28,7 @@ class PoolConfig(EngineConfig):
         None, "grow to so many while all of them are busy and nodes have room for more; null: `replicas` it is"
     )
     units_in_flight: int = option(2, "units that one replica works on at the same time, to keep its engine full")
-    num_gpus: int = option(0, "GPUs of one replica, all on one node")
+    num_gpus: int = option(0, "GPUs of one replica, all on one node: none, or tensor_parallel_size of them")
     num_cpus: float = option(1.0, "CPUs that Ray sets aside for one replica")
     label_selector: dict[str, str] = option(
         {}, "Ray node labels that a replica's node must have, such as {pool: policy}"
@@ -44,6 +44,13 @@ class PoolConfig(EngineConfig):
         for name in ("num_gpus", "num_cpus"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        shards = self.tensor_parallel_size
+        if self.engine in ("torch", "vllm") and self.num_gpus not in (0, shards):
+            fix = f" or tensor_parallel_size={self.num_gpus}" if self.engine == "vllm" else ""
+            raise ConfigError(
+                f"num_gpus={self.num_gpus} does not go with tensor_parallel_size={shards}: a replica has one GPU per "
+                f"shard; set num_gpus={shards}{fix}"
+            )
 
     @property
     def most_replicas(self) -> int:

@@ -270,3 +270,32 @@ def test_a_mistake_found_by_the_engine_is_told_with_the_first_unit(monkeypatch: 
     stage = policy()
     with pytest.raises(ConfigError, match="the model is wrong"):
         run(unit_of(["a"]), stage)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"engine": "torch", "num_gpus": 2}, r"num_gpus=2 does not go with tensor_parallel_size=1: .* set num_gpus=1$"),
+        (
+            {"engine": "vllm", "num_gpus": 1, "tensor_parallel_size": 2},
+            r"num_gpus=1 does not go with .*; set num_gpus=2 or tensor_parallel_size=1$",
+        ),
+    ],
+)
+def test_a_replica_has_as_many_gpus_as_shards(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PolicyConfig(model="m", **keys)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"engine": "torch", "num_gpus": 1},
+        {"engine": "vllm", "num_gpus": 4, "tensor_parallel_size": 4},
+        {"engine": "vllm", "tensor_parallel_size": 2},  # processes on a CPU
+        {"engine": "stored", "num_gpus": 2},  # without a model it is for the user to say why
+        {"engine": "openai", "num_gpus": 2},
+    ],
+)
+def test_gpus_that_go_with_the_shards_or_hold_no_model_are_taken(keys: dict[str, Any]) -> None:
+    assert PolicyConfig(model="m", **keys).num_gpus == keys.get("num_gpus", 0)
