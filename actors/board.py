@@ -35,11 +35,13 @@ class Snapshot:
 
 @dataclass
 class Replica:
-    """What the board keeps of one replica: its last snapshot, when that last changed, its totals of lives before."""
+    """What the board keeps of one replica: its last snapshot, when that last changed, its totals of lives before, and
+    when its engine was first up."""
 
     snapshot: Snapshot = field(default_factory=Snapshot)
     changed_at: float = field(default_factory=time.monotonic)
     before: Snapshot = field(default_factory=Snapshot)
+    running_at: float | None = None
 
     def report(self, snapshot: Snapshot) -> None:
         if snapshot == self.snapshot:
@@ -47,6 +49,8 @@ class Replica:
         if snapshot.num_rows < self.snapshot.num_rows or snapshot.num_tokens < self.snapshot.num_tokens:
             self.before = self.totals()  # Ray has started the actor again, which counts from 0
         self.snapshot, self.changed_at = snapshot, time.monotonic()
+        if self.running_at is None and snapshot.state == "running":
+            self.running_at = self.changed_at
 
     def totals(self) -> Snapshot:
         """The last snapshot, with what was counted in lives before it."""
@@ -74,6 +78,14 @@ class Board:
             pool: [(replica.totals(), now - replica.changed_at) for replica in replicas.values()]
             for pool, replicas in self._pools.items()
         }
+
+    def running_s(self) -> float:
+        """Seconds since every pool had an engine that was up; 0 where one has none."""
+        firsts = [
+            min((replica.running_at for replica in replicas.values() if replica.running_at is not None), default=None)
+            for replicas in self._pools.values()
+        ]
+        return 0.0 if not firsts or None in firsts else time.monotonic() - max(at for at in firsts if at is not None)
 
 
 class Reporter:

@@ -1,7 +1,6 @@
 """Which model it is, exactly: a folder's contents or a hub id's commit, found out without loading any weights."""
 
 import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -60,23 +59,6 @@ def safetensors_header(path: Path) -> bytes:
     """The JSON header of a safetensors file: names, dtypes and shapes of its tensors."""
     with path.open("rb") as file:
         return file.read(int.from_bytes(file.read(8), "little"))
-
-
-def weight_bytes(config: EngineConfig) -> int | None:
-    """Bytes of a local model's weights in the configured dtype, from its headers; None for every other model."""
-    folder = Path(config.model)
-    if config.engine in ("stored", "openai") or not folder.is_absolute():
-        return None
-    width = 4 if config.dtype == "float32" else 2
-    num_values = 0
-    for path in folder.glob("*.safetensors"):
-        for name, tensor in json.loads(safetensors_header(path)).items():
-            if name != "__metadata__":
-                count = 1
-                for length in tensor["shape"]:
-                    count *= length
-                num_values += count
-    return num_values * width
 
 
 def _commit(model: str, revision: str | None, section: str) -> str:

@@ -13,6 +13,7 @@ from actors.contract import ConfigError
 from actors.decoding.forward import ATTENTION, Forward
 from actors.decoding.loop import DecodeLoop, Row
 from actors.engines.base import Completion, EngineConfig, EngineStats, Request
+from actors.engines.footprint import longest
 from actors.engines.prompts import check_room, encode_prompt, load_failure, load_tokenizer
 
 
@@ -29,7 +30,7 @@ class TorchEngine:
         self.config = config
         self._tokenizer = load_tokenizer(config.model, config.revision)
         model = load_model(config)
-        self._limit = _longest(model, config.max_model_len)
+        self._limit = longest(model.config, config.max_model_len)
         self._loop = DecodeLoop(
             Forward(model),
             self._decode,
@@ -178,17 +179,6 @@ def load_model(config: EngineConfig) -> PreTrainedModel:
     device = "cuda" if cuda and config.device != "cpu" else "cpu"
     moved: PreTrainedModel = model.to(device).eval()
     return moved
-
-
-def _longest(model: PreTrainedModel, max_model_len: int | None) -> int:
-    """Most tokens of prompt and answer together."""
-    config = model.config.get_text_config(decoder=True)
-    limit: int = config.max_position_embeddings
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        # Beyond this length every position is rotated differently, which neither a cache nor a shared batch can follow.
-        limit = min(limit, rope["original_max_position_embeddings"])
-    return limit if max_model_len is None else min(limit, max_model_len)
 
 
 def _eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

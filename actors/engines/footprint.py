@@ -1,0 +1,144 @@
+"""What a model takes of memory and how long its sequences may be, from its folder alone: no weights are loaded."""
+
+import json
+import re
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from actors.engines.base import EngineConfig
+from actors.engines.identity import safetensors_header
+
+_CONVERTED = ("F64", "F32", "F16", "BF16")
+"""Of safetensors: what is loaded in the configured dtype; others, those of quantized weights, stay as they are."""
+
+_PROJECTION = re.compile(r"\.(k|v|qkv)_proj\.weight$")
+_TOWER = re.compile("vision|visual|audio|image|speech")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What each rank of a replica holds. A rank is one of its `tensor_parallel_size` GPUs, or processes on a CPU.
+
+    Attributes:
+        weight_bytes: in the configured dtype. Matrices are split evenly over the ranks; vectors (norms, biases), which
+            are next to nothing, are counted on each.
+        token_bytes: of one token in the KV cache, at most: with sliding windows `vllm` keeps less. None where the
+            model's memory is not a K and a V of every head and layer, or where that cannot be told from its weights.
+        max_len: most tokens of prompt and answer together; None where only the engine knows.
+    """
+
+    weight_bytes: int
+    token_bytes: int | None
+    max_len: int | None
+
+    def cache_tokens(self, config: EngineConfig) -> int:
+        """Most tokens that the KV cache comes to hold where `kv_cache_tokens` bounds it: not for `vllm` on a GPU."""
+        if self.max_len is None:
+            return config.kv_cache_tokens
+        return max(self.max_len, min(config.kv_cache_tokens, config.max_num_seqs * self.max_len))
+
+
+def footprint(config: EngineConfig) -> Footprint | None:
+    """None where there is no model, or where it is not on this machine: nothing is downloaded to find out."""
+    folder = _folder(config)
+    tensors = _tensors(folder) if folder else None
+    if folder is None or not tensors:
+        return None
+    width = 4 if config.dtype == "float32" else 2
+    ranks = config.tensor_parallel_size
+    weight_bytes = 0
+    for tensor in tensors.values():
+        start, end = tensor["data_offsets"]
+        size = prod(tensor["shape"]) * width if tensor["dtype"] in _CONVERTED else end - start
+        weight_bytes += size if len(tensor["shape"]) < 2 else -(-size // ranks)
+    text = _text_config(folder)
+    if text is None:
+        return Footprint(weight_bytes, None, config.max_model_len)
+    heads = _kv_heads(text, tensors)
+    token_bytes = heads and 2 * text.num_hidden_layers * max(1, heads // ranks) * _head_dim(text) * width
+    return Footprint(weight_bytes, token_bytes, _max_len(config, text))
+
+
+def longest(model_config: Any, max_model_len: int | None) -> int:
+    """Most tokens of prompt and answer together that the `torch` engine makes with a model of this config."""
+    text = model_config.get_text_config(decoder=True)
+    limit: int = text.max_position_embeddings
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond this length every position is rotated differently, which neither a cache nor a shared batch can follow.
+        limit = min(limit, rope["original_max_position_embeddings"])
+    return limit if max_model_len is None else min(limit, max_model_len)
+
+
+def _max_len(config: EngineConfig, text: Any) -> int | None:
+    if getattr(text, "max_position_embeddings", None) is None:
+        return config.max_model_len
+    rope = getattr(text, "rope_parameters", None) or {}
+    if config.engine == "vllm" and rope.get("rope_type", "default") not in ("default", "llama3"):
+        return config.max_model_len  # of scaled positions vllm makes a length of its own
+    return longest(text, config.max_model_len)
+
+
+def _folder(config: EngineConfig) -> Path | None:
+    """Where the model's files are: its folder, or the cached ones of a hub id."""
+    if config.engine in ("stored", "openai"):
+        return None
+    if Path(config.model).is_absolute():
+        return Path(config.model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(config.model, revision=config.revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        return None
+
+
+def _tensors(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """Header entries of the model's tensors, by name; None where files of it are missing.
+
+    Some folders hold the weights twice: the index says which files are the model's.
+    """
+    paths = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        paths = [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+    if not all(path.is_file() for path in paths):
+        return None
+    found = {name: tensor for path in paths for name, tensor in json.loads(safetensors_header(path)).items()}
+    return {name: tensor for name, tensor in found.items() if name != "__metadata__"}
+
+
+def _text_config(folder: Path) -> Any | None:
+    """The config of the model's decoder; None where transformers does not know the kind of model."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
+    except (OSError, ValueError):
+        return None
+
+
+def _kv_heads(text: Any, tensors: dict[str, dict[str, Any]]) -> int | None:
+    """KV heads of a layer; None unless the weights bear out that every layer has as many, of the same size.
+
+    Latent attention, states in place of a cache and layers of several shapes have other projections than the config's
+    numbers would give, so that they are told apart without a list of their names.
+    """
+    heads = getattr(text, "num_attention_heads", None)
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    if not isinstance(heads, int) or not isinstance(kv_heads, int) or text.is_encoder_decoder:
+        return None
+    rows = sum(
+        tensor["shape"][0] for name, tensor in tensors.items() if _PROJECTION.search(name) and not _TOWER.search(name)
+    )
+    keys_and_values = 2 * text.num_hidden_layers * kv_heads * _head_dim(text)
+    queries = text.num_hidden_layers * heads * _head_dim(text)  # where one matrix makes all three
+    return kv_heads if rows in (keys_and_values, keys_and_values + queries) else None
+
+
+def _head_dim(text: Any) -> int:
+    head_dim: int | None = getattr(text, "head_dim", None)
+    return head_dim or int(text.hidden_size // text.num_attention_heads)
