@@ -19,7 +19,7 @@ from pipelines.config import Flags, compose
 from pipelines.corpus.lease import Held, Lease
 from pipelines.corpus.plan import Plan, make_plan
 from pipelines.corpus.publish import Published, publish
-from pipelines.corpus.runs import check_fingerprint, create_run, latest_run
+from pipelines.corpus.runs import check_fingerprint, create_run, digest, latest_pace, latest_run
 from pipelines.corpus.shards import Input
 from pipelines.corpus.state import read_state
 from pipelines.corpus.storage import Storage
@@ -57,7 +57,9 @@ def align_corpus(config: AlignCorpusConfig, flags: Flags) -> int:
     source = Input(config.input.path, config.site.storage_options)
     output = Storage(config.output.root, config.site.storage_options)
     if flags.dry_run:
-        report.print_dry_run(config, source, planned(config, source, output, flags.limit))
+        plan = planned(config, source, output, flags.limit)
+        made_of = digest(fingerprint(config, plan.kept_types))
+        report.print_dry_run(config, source, plan, made_of, latest_pace(output))
         return DONE
     with Lease(output, config.run.lease_ttl_s, announce=report.say):
         output.sweep()

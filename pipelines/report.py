@@ -1,23 +1,28 @@
 """What the job prints besides its progress: the dry run's plan, bad shards, and the summary at the end."""
 
+import math
 import sys
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from actors.candidates import as_messages
+from actors.contract import RowError
 from actors.engines.base import Messages
-from actors.engines.identity import weight_bytes
+from actors.engines.footprint import footprint
 from actors.policy import policy_prompt
 from actors.pool import PoolConfig
 from actors.recipes import aligner_input
+from pipelines import estimate
 from pipelines.corpus.plan import Plan
 from pipelines.corpus.publish import Published
 from pipelines.corpus.read import read_checked
 from pipelines.corpus.shards import Input
 from pipelines.corpus.state import manifests
 from pipelines.corpus.storage import Storage
+from pipelines.estimate import Tokens
 from pipelines.progress import PoolTotals, Tally
 from pipelines.settings import AlignCorpusConfig, pools
 
@@ -89,24 +94,116 @@ def _print_text(name: str, text: str) -> None:
 # --- the dry run ----------------------------------------------------------------------------------------------------
 
 
-def print_dry_run(config: AlignCorpusConfig, source: Input, plan: Plan) -> None:
-    """The plan, the pools, and the first prompts exactly as each model will see them. Nothing is written or started."""
+def print_dry_run(
+    config: AlignCorpusConfig, source: Input, plan: Plan, made_of: str, pace: Mapping[str, Any] | None
+) -> None:
+    """The plan, the pools, what the rows may take, and the first prompts exactly as each model will see them.
+
+    Nothing is written or started.
+
+    Args:
+        made_of: digest of the fingerprint that the job would have.
+        pace: of the last run on the root, if there is one.
+    """
     print(
         f"input: {plan.num_shards} shards, {plan.num_finished} of them published before; {plan.num_done_rows} rows done"
     )
     print(f"to do: {plan.num_units} units, {plan.num_rows} rows, in {len(plan.spans)} row groups")
     for shard in plan.bad_shards:
         print(f"bad shard: {shard.path}: {shard.reason}")
+    known = pace if pace and pace["digest"] == made_of else None
+    rows = estimate.sample(source, config.input, plan)
     for name, pool in pools(config).items():
-        print(f"{name}: {_pool_line(pool)}")
+        each = f"{pool.num_gpus} GPUs, {pool.num_cpus:g} CPUs each"
+        print(f"{name}: {pool.replicas} x {pool.engine} {pool.model} ({each})")
+        if pool.engine == "stored":
+            continue
+        tokens = estimate.tokens(config, name, rows, plan.num_rows)
+        if pool.engine != "openai":
+            print(f"{name}: {_memory(pool, tokens)}")
+        if plan.num_rows:
+            _print_tokens(name, pool, tokens, plan.num_rows, known)
+    if plan.num_rows:
+        _print_cost(config, plan.num_rows, pace, known)
     for row in _first_prompts(config, source, plan):
         _print_as_seen(config, row)
 
 
-def _pool_line(pool: PoolConfig) -> str:
-    weights = weight_bytes(pool)
-    memory = f", weights {weights / 2**20:.0f} MiB per replica" if weights else ""
-    return f"{pool.replicas} x {pool.engine} {pool.model} ({pool.num_gpus} GPUs, {pool.num_cpus:g} CPUs each{memory})"
+def _memory(pool: PoolConfig, tokens: Tokens) -> str:
+    """What weights and KV cache take of each rank's memory; activations and the libraries' own memory come on top."""
+    found = footprint(pool)
+    text = "GPU memory per rank: " if pool.num_gpus else "memory per rank: "
+    if found is None:
+        return text + "unknown until the model is on this machine"
+    text += f"{_size(found.weight_bytes)} weights"
+    if found.token_bytes is None:
+        return text + " + a KV cache of unknown size: the weights do not show a K and a V of every layer"
+    on_gpu = pool.engine == "vllm" and pool.num_gpus > 0  # there kv_cache_tokens does not count
+    bound = found.cache_tokens(pool)
+    if tokens.lengths:
+        length = min(tokens.lengths[-1] + pool.max_tokens, found.max_len or math.inf)
+        num_tokens = min(pool.max_num_seqs * length, math.inf if on_gpu else bound)
+        text += f" + {_size(found.token_bytes * num_tokens)} KV cache for {pool.max_num_seqs} sequences"
+        text += f" as long as the longest here, {length} tokens"
+    most = f"{_size(found.token_bytes * bound)} ({bound} tokens)"
+    if pool.engine == "torch":
+        return f"{text}; at most {most}"
+    return f"{text}; vllm sets aside " + ("gpu_memory_utilization of the GPU for both" if on_gpu else most)
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"
+
+
+def _print_tokens(name: str, pool: PoolConfig, found: Tokens, num_rows: int, pace: Mapping[str, Any] | None) -> None:
+    if found.lengths:
+        mean = sum(found.lengths) / len(found.lengths)
+        basis = f"estimated from {found.num_rows} of {num_rows} rows" if found.num_rows < num_rows else "every row read"
+        print(
+            f"{name}: prompts of {mean:.0f} tokens on average, 50% up to {found.quantile(0.5)}, 95% up to "
+            f"{found.quantile(0.95)}, the longest {found.lengths[-1]}; {found.num_prompt_tokens} in all ({basis}"
+            f"{'; answers yet to be made count as max_tokens' if found.is_bound else ''})"
+        )
+    made = f"{name}: at most {found.num_answers * pool.max_tokens} generated tokens"
+    made += f" ({found.num_answers} answers of at most {pool.max_tokens})"
+    if pace:
+        mean = pace["pools"][name]["num_tokens"] / pace["num_rows"]
+        made += f"; about {mean * num_rows:.0f} at the {mean:.0f} a row of run {pace['run']}"
+    print(made)
+    if found.num_too_long:
+        print(
+            f"{name}: {found.num_too_long} of {len(found.lengths)} prompts {'may ' if found.is_bound else ''}leave no "
+            f"room for max_tokens={pool.max_tokens}; their candidates fail (prompt_too_long)"
+        )
+    if found.num_failed:
+        print(f"{name}: {found.num_failed} of {found.num_rows} rows do not make a prompt")
+
+
+def _print_cost(
+    config: AlignCorpusConfig, num_rows: int, pace: Mapping[str, Any] | None, known: Mapping[str, Any] | None
+) -> None:
+    price = config.plan.gpu_hour_price
+    if known is None:
+        why = f"run {pace['run']} had another config" if pace else "no run on this root has come to its end"
+        print(f"time{' and cost' if price is not None else ''}: unknown, as {why}; --limit N makes N rows and measures")
+        return
+    gpus = {name: pool.replicas * pool.num_gpus for name, pool in pools(config).items()}
+    then = {name: pool["num_gpus"] for name, pool in known["pools"].items()}
+    seconds = estimate.seconds_at(known, num_rows)
+    print(
+        f"time: about {seconds / 3600:.2g} hours, estimated from the {known['num_rows']} rows of run {known['run']}"
+        + ("" if gpus == then else f", which had other GPUs: {', '.join(f'{name} {n}' for name, n in then.items())}")
+    )
+    hours = estimate.gpu_hours_at(known, num_rows)
+    for name, each in [*hours.items(), ("in all", sum(hours.values()))]:
+        cost = ""
+        if price is not None:
+            cost = f", cost {each * price:.2f}, {each * price / num_rows * 1000:.3g} per 1,000 rows"
+        print(f"{name}: about {each:.3g} GPU-hours{cost}")
 
 
 def _first_prompts(config: AlignCorpusConfig, source: Input, plan: Plan) -> list[dict[str, Any]]:
@@ -121,21 +218,27 @@ def _first_prompts(config: AlignCorpusConfig, source: Input, plan: Plan) -> list
 
 
 def _print_as_seen(config: AlignCorpusConfig, row: dict[str, Any]) -> None:
-    answer = (row.get("stored") or ["(the policy's answer)"])[0]
-    seen: list[tuple[str, PoolConfig, Messages | str]] = [
-        ("policy", config.policy, policy_prompt(config.policy, row["prompt"])),
-        ("aligner", config.aligner, aligner_input(config.aligner, as_messages(row["prompt"]), answer)),
-    ]
-    for name, pool, prompt in seen:
+    for name in ("policy", "aligner"):
+        try:
+            text = _seen_by(config, name, row)
+        except RowError as error:
+            text = f"(not at all: {error})"
         print(f"\n{row['prompt_id']} as the {name} sees it:")
-        print(textwrap.indent(as_seen(pool, prompt), "  "))
+        print(textwrap.indent(text, "  "))
+
+
+def _seen_by(config: AlignCorpusConfig, name: str, row: dict[str, Any]) -> str:
+    if name == "policy":
+        return as_seen(config.policy, policy_prompt(config.policy, row["prompt"]))
+    answer = (row.get("stored") or ["(the policy's answer)"])[0]
+    return as_seen(config.aligner, aligner_input(config.aligner, as_messages(row["prompt"]), answer))
 
 
 def as_seen(pool: PoolConfig, prompt: Messages | str) -> str:
-    """The prompt's tokens, decoded again with special tokens visible; for `stored`, the chat as it is."""
-    if pool.engine == "stored":
+    """The prompt's tokens, decoded again with special tokens visible; the chat as it is where they are not known."""
+    if pool.engine in ("stored", "openai"):
         return prompt if isinstance(prompt, str) else "\n".join(f"{role}: {content}" for role, content in prompt)
-    from actors.engines.prompts import encode_prompt, load_tokenizer, render_prompt
+    from actors.engines.prompts import encode_prompt, render_prompt
 
-    tokenizer = load_tokenizer(pool.model, pool.revision)
+    tokenizer = estimate.tokenizer(pool.model, pool.revision)
     return render_prompt(tokenizer, encode_prompt(tokenizer, prompt))

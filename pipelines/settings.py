@@ -49,6 +49,19 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """What `--dry-run` reckons with."""
+
+    gpu_hour_price: float | None = option(
+        None, "of one GPU for one hour, in any currency; `--dry-run` then says what the rows may cost"
+    )
+
+    def __post_init__(self) -> None:
+        if self.gpu_hour_price is not None and self.gpu_hour_price < 0:
+            raise ConfigError(f"gpu_hour_price must be 0 or more, got {self.gpu_hour_price}")
+
+
+@dataclass(frozen=True)
 class SiteConfig:
     """Where the job runs."""
 
@@ -79,6 +92,7 @@ class AlignCorpusConfig:
     policies: list[PolicyConfig] = option([], "further policies; their candidates follow those of `policy`")
     aligner: AlignerConfig = section(AlignerConfig, "the model that aligns")
     run: RunConfig = section(RunConfig, "how a job goes about it")
+    plan: PlanConfig = section(PlanConfig, "what --dry-run reckons with")
     site: SiteConfig = section(SiteConfig, "where the job runs")
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ from pipelines import report
 from pipelines.corpus.commit import Committer
 from pipelines.corpus.plan import Plan
 from pipelines.corpus.read import UnitSource
-from pipelines.corpus.runs import digest
+from pipelines.corpus.runs import digest, write_pace
 from pipelines.corpus.shards import Input
 from pipelines.corpus.storage import Storage
 from pipelines.placement import Need, wait_until_placeable
@@ -75,9 +75,8 @@ def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan
     started = time.monotonic()
     board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board).remote()
     tally = Tally()
-    committer = Committer(
-        output, source, tuple(config.input.keep_columns), run, digest(fingerprint(config, plan.kept_types))
-    )
+    made_of = digest(fingerprint(config, plan.kept_types))
+    committer = Committer(output, source, tuple(config.input.keep_columns), run, made_of)
     committed = pipeline(config, source, plan, committer, board)
     names = list(pools(config))
     stall_s = config.run.stall_minutes * 60
@@ -90,7 +89,13 @@ def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan
             if told is None:
                 raise
             raise told from None
-    report.print_throughput(read_board(board), tally, time.monotonic() - started)
+    totals, running_s, seconds = read_board(board), ray.get(board.running_s.remote()), time.monotonic() - started
+    report.print_throughput(totals, tally, seconds)
+    if running_s and totals.keys() == set(names):  # or the board was lost on the way, with what it knew
+        gpus = {name: pool.replicas * pool.num_gpus for name, pool in pools(config).items()}
+        each = {name: {"num_gpus": gpus[name], "num_tokens": totals[name].num_tokens} for name in names}
+        took = {"num_rows": tally.num_rows, "seconds": seconds, "startup_s": max(0.0, seconds - running_s)}
+        write_pace(output, run, {"digest": made_of, **took, "pools": each})
 
 
 def pipeline(

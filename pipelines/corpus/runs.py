@@ -9,6 +9,7 @@ from actors.contract import ConfigError
 from pipelines.corpus.storage import Storage
 
 ABSENT = "(not there)"
+PACE = "-pace.json"
 
 
 def digest(fingerprint: Mapping[str, Any]) -> str:
@@ -31,6 +32,21 @@ def create_run(output: Storage, record: dict[str, Any]) -> int:
     while not output.create(f"runs/{number:06d}.json", json.dumps({"number": number, **record}, indent=1).encode()):
         number += 1
     return int(number)
+
+
+def write_pace(output: Storage, run: int, pace: Mapping[str, Any]) -> None:
+    """Write how fast run `run` was, beside its record: `digest` of its fingerprint, `num_rows` in `seconds`, the first
+    `startup_s` of them until every pool had an engine, and `pools`: their `num_gpus` and the `num_tokens` they made."""
+    output.create(f"runs/{run:06d}{PACE}", json.dumps({"run": run, **pace}, indent=1).encode())
+
+
+def latest_pace(output: Storage) -> dict[str, Any] | None:
+    """What `write_pace` wrote last; None where no run has come to its end."""
+    names = [name for name in output.sizes("runs") if name.endswith(PACE)]
+    if not names:
+        return None
+    pace: dict[str, Any] = json.loads(output.read(f"runs/{max(names)}"))
+    return pace
 
 
 def check_fingerprint(

@@ -1,5 +1,6 @@
 """What stops a job: a user's mistake, another job on the same root, an engine that hangs; and what only looks."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -113,17 +114,35 @@ def test_progress_lines_say_what_each_pool_does(reference: Reference) -> None:
     assert re.search(r"^committed: [0-9]+/36 rows, 0 quarantined, ETA ", reference.completed.stderr, re.MULTILINE)
 
 
-def test_a_dry_run_shows_what_each_model_will_see_and_writes_nothing(
-    job: list[str], lone_command_line: CommandLine, tmp_path: Path
+def test_a_dry_run_shows_what_each_model_will_see_and_take_and_writes_nothing(
+    job: list[str], reference: Reference, lone_command_line: CommandLine, tmp_path: Path
 ) -> None:
-    completed = lone_command_line.run(*job, f"output.root={tmp_path / 'output'}", "--dry-run").expect(0)
+    arguments = [*job, f"output.root={tmp_path / 'output'}", "plan.gpu_hour_price=2.5", "--dry-run"]
+    completed = lone_command_line.run(*arguments).expect(0)
     assert "to do: 9 units, 36 rows" in completed.stdout
     asked = "Tell me more about number 0."
     policy, aligner = completed.stdout.split("prompt-0 as the policy sees it:")[1].split("as the aligner sees it:")[:2]
     assert f"<|im_start|>user\n  {asked}<|im_end|>\n  <|im_start|>assistant" in policy
     assert re.search(rf"<\|im_start\|>user\n.*{asked}.*\(the policy's answer\)", aligner, re.DOTALL)
+    for pool in ("policy", "aligner"):
+        line = rf"^{pool}: memory per rank: 641 KiB weights \+ .* 32 sequences as long as the longest here, .* at most "
+        assert re.search(line, completed.stdout, re.MULTILINE)
+        assert f"{pool}: at most 1152 generated tokens (72 answers of at most 16)" in completed.stdout
+    read = [row["responses"][0]["num_prompt_tokens"] for row in reference.rows]
+    assert f"the longest {max(read)}; {sum(read)} in all (every row read)" in completed.stdout
+    assert "time and cost: unknown, as no run on this root has come to its end; --limit N makes" in completed.stdout
     assert not (tmp_path / "output").exists()
     assert files(tmp_path) == {}
+
+
+def test_a_run_keeps_how_fast_it_was(reference: Reference) -> None:
+    pace = json.loads((reference.root / "runs" / "000001-pace.json").read_bytes())
+    assert 0 < pace["startup_s"] < pace["seconds"] < reference.completed.seconds
+    assert (pace["run"], pace["num_rows"]) == (1, 36)
+    for name, column in (("policy", "responses"), ("aligner", "aligned")):
+        made = sum(candidate["num_tokens"] for row in reference.rows for candidate in row[column])
+        assert pace["pools"][name] == {"num_gpus": 0, "num_tokens": made}
+    assert pace["digest"] == json.loads((reference.root / "runs" / "000001.json").read_bytes())["digest"]
 
 
 def test_a_hanging_engine_ends_the_job_with_a_diagnosis(hanging: Hanging) -> None:
