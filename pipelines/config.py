@@ -22,7 +22,7 @@ from pipelines.reference import SCALARS, Entry, describe, fill, help_text, hints
 CONF = Path(__file__).resolve().parents[1] / "conf"
 FLAGS = {
     "--config FILE": "read keys from a YAML file; it needs only those it changes",
-    "--dry-run": "check the config and say what would be done, then stop",
+    "--dry-run": "check the config, say what would be done and what it may take, then stop",
     "--limit N": "make at most N of the rows that are not done, rounded up to whole units",
     "--help": "print this text",
 }

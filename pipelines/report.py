@@ -148,7 +148,7 @@ def _memory(pool: PoolConfig, tokens: Tokens) -> str:
     most = f"{_size(found.token_bytes * bound)} ({bound} tokens)"
     if pool.engine == "torch":
         return f"{text}; at most {most}"
-    return f"{text}; vllm sets aside " + ("gpu_memory_utilization of the GPU for both" if on_gpu else most)
+    return f"{text}; vllm sets aside " + ("gpu_memory_utilization of the GPU for both" if on_gpu else f"about {most}")
 
 
 def _size(num_bytes: float) -> str:

@@ -277,3 +277,12 @@ def test_memory_is_told_for_each_kind_of_pool(model: str, tmp_path: Path, capsys
         f"aligner: GPU memory per rank: 161 KiB weights + 512 KiB {seqs.format(4, 512)}; vllm sets aside "
         "gpu_memory_utilization of the GPU for both",
     ]
+
+
+def test_a_prompt_that_cannot_be_made_is_shown_with_its_reason(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aligner = AlignerConfig(model=model, max_tokens=8, template="{{ answer }}{{ 1 // (question | length - 4) }}")
+    text = told(config_of(model, aligner=aligner), tmp_path, None, capsys)
+    assert "aligner: 200 of 200 rows do not make a prompt\n" in text
+    assert "as the aligner sees it:\n  (not at all: recipe_failed: template: ZeroDivisionError" in text
