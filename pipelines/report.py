@@ -115,7 +115,8 @@ def print_dry_run(
     rows = estimate.sample(source, config.input, plan)
     for name, pool in pools(config).items():
         each = f"{pool.num_gpus} GPUs, {pool.num_cpus:g} CPUs each"
-        print(f"{name}: {pool.replicas} x {pool.engine} {pool.model} ({each})")
+        grows = f" to {pool.most_replicas}" if pool.most_replicas > pool.replicas else ""
+        print(f"{name}: {pool.replicas}{grows} x {pool.engine} {pool.model} ({each})")
         if pool.engine == "stored":
             continue
         tokens = estimate.tokens(config, name, rows, plan.num_rows)
@@ -191,12 +192,15 @@ def _print_cost(
         why = f"run {pace['run']} had another config" if pace else "no run on this root has come to its end"
         print(f"time{' and cost' if price is not None else ''}: unknown, as {why}; --limit N makes N rows and measures")
         return
-    gpus = {name: pool.replicas * pool.num_gpus for name, pool in pools(config).items()}
     then = {name: pool["num_gpus"] for name, pool in known["pools"].items()}
+    alike = all(
+        pool.replicas * pool.num_gpus <= then[name] <= pool.most_replicas * pool.num_gpus
+        for name, pool in pools(config).items()
+    )
     seconds = estimate.seconds_at(known, num_rows)
     print(
         f"time: about {seconds / 3600:.2g} hours, estimated from the {known['num_rows']} rows of run {known['run']}"
-        + ("" if gpus == then else f", which had other GPUs: {', '.join(f'{name} {n}' for name, n in then.items())}")
+        + ("" if alike else f", which had other GPUs: {', '.join(f'{name} {n}' for name, n in then.items())}")
     )
     hours = estimate.gpu_hours_at(known, num_rows)
     for name, each in [*hours.items(), ("in all", sum(hours.values()))]:

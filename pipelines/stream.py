@@ -92,8 +92,13 @@ def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan
     totals, running_s, seconds = read_board(board), ray.get(board.running_s.remote()), time.monotonic() - started
     report.print_throughput(totals, tally, seconds)
     if running_s and totals.keys() == set(names):  # or the board was lost on the way, with what it knew
-        gpus = {name: pool.replicas * pool.num_gpus for name, pool in pools(config).items()}
-        each = {name: {"num_gpus": gpus[name], "num_tokens": totals[name].num_tokens} for name in names}
+        each = {
+            name: {
+                "num_gpus": pool.num_gpus * max(pool.replicas, min(pool.most_replicas, len(totals[name].states))),
+                "num_tokens": totals[name].num_tokens,
+            }
+            for name, pool in pools(config).items()
+        }
         took = {"num_rows": tally.num_rows, "seconds": seconds, "startup_s": max(0.0, seconds - running_s)}
         write_pace(output, run, {"digest": made_of, **took, "pools": each})
 

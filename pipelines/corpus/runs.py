@@ -35,8 +35,12 @@ def create_run(output: Storage, record: dict[str, Any]) -> int:
 
 
 def write_pace(output: Storage, run: int, pace: Mapping[str, Any]) -> None:
-    """Write how fast run `run` was, beside its record: `digest` of its fingerprint, `num_rows` in `seconds`, the first
-    `startup_s` of them until every pool had an engine, and `pools`: their `num_gpus` and the `num_tokens` they made."""
+    """Write how fast run `run` was, beside its record.
+
+    Args:
+        pace: `digest` of the run's fingerprint; `num_rows` made in `seconds`, the first `startup_s` of them until every
+            pool had an engine; `pools`: by name the `num_gpus` that each came to hold and the `num_tokens` it made.
+    """
     output.create(f"runs/{run:06d}{PACE}", json.dumps({"run": run, **pace}, indent=1).encode())
 
 
