@@ -203,6 +203,9 @@ def _print_cost(
         + ("" if alike else f", which had other GPUs: {', '.join(f'{name} {n}' for name, n in then.items())}")
     )
     hours = estimate.gpu_hours_at(known, num_rows)
+    if not any(hours.values()):
+        print("GPU-hours: none, as no pool held a GPU then")
+        return
     for name, each in [*hours.items(), ("in all", sum(hours.values()))]:
         cost = ""
         if price is not None:

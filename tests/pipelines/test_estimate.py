@@ -211,13 +211,22 @@ def told(config: AlignCorpusConfig, folder: Path, pace: Any, capsys: pytest.Capt
 
 @pytest.fixture
 def hosted() -> AlignCorpusConfig:
-    """Pools that need no model here. The aligner's 8 GPUs are not those of PACE."""
+    """Pools that need no model here, with the GPUs of PACE."""
     return config_of(
         "gpt",
         policy=PolicyConfig(model="gpt", engine="openai", num_gpus=4, max_tokens=100),
         aligner=AlignerConfig(model="gpt", engine="openai", num_gpus=2, max_tokens=100),
         plan=PlanConfig(gpu_hour_price=2.5),
     )
+
+
+def test_a_pool_that_may_grow_is_alike_with_any_number_of_its_replicas(
+    hosted: AlignCorpusConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = replace(hosted.policy, num_gpus=1, replicas=2, max_replicas=8)
+    text = told(replace(hosted, policy=policy), tmp_path, PACE, capsys)
+    assert "policy: 2 to 8 x openai gpt" in text
+    assert "which had other GPUs" not in text
 
 
 def test_time_and_cost_at_the_pace_of_the_last_run(
@@ -239,6 +248,16 @@ def test_without_a_price_there_are_hours_and_no_cost(
     text = told(replace(hosted, plan=PlanConfig(), aligner=replace(hosted.aligner, replicas=4)), tmp_path, PACE, capsys)
     assert "in all: about 0.167 GPU-hours\n" in text
     assert "of run 3, which had other GPUs: policy 4, aligner 2\n" in text
+    assert "cost" not in text
+
+
+def test_on_cpus_alone_there_are_hours_and_no_cost(
+    hosted: AlignCorpusConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pools = {name: {"num_gpus": 0, "num_tokens": 5} for name in ("policy", "aligner")}
+    text = told(hosted, tmp_path, {**PACE, "pools": pools}, capsys)
+    assert "time: about 0.028 hours" in text
+    assert "GPU-hours: none, as no pool held a GPU then\n" in text
     assert "cost" not in text
 
 
