@@ -149,7 +149,7 @@ def asks(config: AlignCorpusConfig, name: str, row: Row) -> list[Ask]:
     for policy in policies.values():
         answers = [NOT_THERE_YET]
         if policy.engine == "stored":
-            stored = [split_reasoning(text, policy.reasoning_end)[1] for text in row.get("stored") or []]
+            stored = [split_reasoning(text, policy.reasoning_end)[1] for text in row["stored"] or []]
             answers = [text for text in stored if text]
         for answer in answers:
             prompt = aligner_input(config.aligner, as_messages(row["prompt"]), answer)

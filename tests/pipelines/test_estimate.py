@@ -85,7 +85,8 @@ def test_a_sample_is_scaled_to_the_plan(model: str) -> None:
 def test_stored_answers_are_counted_as_the_aligner_will_see_them(model: str) -> None:
     rows = [row("How?", ["So.", "<think>Well.</think> Like that."]), row("Why?", ["", "Because it is."]), row("Who?")]
     policy = PolicyConfig(model="label", engine="stored")
-    found = estimate.tokens(config_of(model, policy=policy), "aligner", rows, 3)
+    config = config_of(model, policy=policy, input=InputConfig(path="in", response_column="response"))
+    found = estimate.tokens(config, "aligner", rows, 3)
     lengths = [count(model, text) for text in ("How? So.", "How? Like that.", "Why? Because it is.")]
     assert found.num_prompt_tokens == sum(lengths)
     assert found.num_answers == 3
