@@ -120,7 +120,7 @@ def test_two_ranks_sample_like_one(sampling: HostedEngine, llama_folder: Path) -
 def test_death_of_a_follower_costs_no_request(
     sampling: HostedEngine, llama_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    requests = make_requests(96)
+    requests = make_requests(160)
     family = family_of(sampling)
 
     async def killed() -> list[Any]:
@@ -142,7 +142,7 @@ def test_followers_end_with_rank_0(sampling: HostedEngine) -> None:
     process = sampling._process
 
     async def killed() -> list[Any]:
-        asking = asyncio.create_task(together(process, make_requests(96)))
+        asking = asyncio.create_task(together(process, make_requests(160)))
         while sampling.stats().num_running == 0:
             await asyncio.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
@@ -232,6 +232,16 @@ def test_too_few_gpus_are_a_config_error(llama_folder: Path, monkeypatch: pytest
         check_shards(config_of(llama_folder, device="auto", tensor_parallel_size=2))
 
 
-def test_a_mistake_is_told_although_the_followers_have_started(llama_folder: Path) -> None:
-    with pytest.raises(ConfigError, match="does not divide"):
-        build_engine(config_of(llama_folder, tensor_parallel_size=3), 2)
+def test_a_mistake_is_told_although_a_follower_has_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BURNISH_TEST", str(tmp_path))  # what is left would not be a child of this process any more
+    with pytest.raises(ConfigError, match="no tokenizer at"):
+        build_engine(config_of(tmp_path / "gone", tensor_parallel_size=2), 2)
+    assert_gone([process for process in psutil.process_iter() if environment_of(process) == str(tmp_path)])
+
+
+def environment_of(process: psutil.Process) -> str | None:
+    """BURNISH_TEST of a process, if that can be read and is set."""
+    try:
+        return process.environ().get("BURNISH_TEST")
+    except psutil.Error:
+        return None
