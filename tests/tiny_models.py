@@ -66,6 +66,11 @@ def build_tiny_llama(folder: Path) -> Path:
     return _build(folder, LlamaConfig, {})
 
 
+def build_tiny_tied_llama(folder: Path) -> Path:
+    """One matrix for embeddings and logits, which makes it repeat itself."""
+    return _build(folder, LlamaConfig, {"tie_word_embeddings": True})
+
+
 def build_tiny_gemma2(folder: Path) -> Path:
     """Alternating sliding and full attention, scores and logits capped hard enough to matter."""
     caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 32}
@@ -84,7 +89,7 @@ def build_tiny_mistral(folder: Path) -> Path:
 
 def _build(folder: Path, config_class: type[PreTrainedConfig], extra: dict[str, object]) -> Path:
     tokenizer = build_tokenizer()
-    config = config_class(vocab_size=len(tokenizer), **SHAPE, **extra)
+    config = config_class(vocab_size=len(tokenizer), **(SHAPE | extra))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)

@@ -1,8 +1,11 @@
 """Engines make completions; this is the one place that knows their names."""
 
+import os
+
 from actors.contract import ConfigError
 from actors.engines.base import Engine, EngineConfig
 from actors.engines.hosted import HostedEngine
+from actors.engines.ranks import Followers
 from actors.engines.stored import StoredEngine
 
 
@@ -33,6 +36,12 @@ def _build_here(config: EngineConfig, num_threads: int) -> Engine:
         from actors.engines.vllm_engine import VllmEngine
 
         return VllmEngine(config, num_threads)
+    if config.device == "cpu":  # before torch looks: transformers splits a model over GPUs wherever there is one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    followers = None
+    if config.tensor_parallel_size > 1:
+        num_threads = max(1, num_threads // config.tensor_parallel_size)
+        followers = Followers(config, num_threads)
     from actors.engines.torch_engine import TorchEngine  # torch and transformers take seconds to import
 
-    return TorchEngine(config, num_threads)
+    return TorchEngine(config, num_threads, followers)

@@ -19,7 +19,7 @@ _KEYS_OF_THEIR_OWN = {
 }  # fmt: skip
 _ENGINES_OF = {
     "engine_kwargs": ("vllm",),
-    "tensor_parallel_size": ("vllm",),
+    "tensor_parallel_size": ("torch", "vllm"),
     "base_url": ("openai",),
     "revision": ("torch", "vllm", "stored"),
     "max_model_len": ("torch", "vllm", "stored"),
@@ -61,7 +61,7 @@ class EngineConfig:
         None, "CPU threads of one replica; null: the node's cores shared between the pools"
     )
     # Like `device`, not in the fingerprint: shards of a matrix add up in another order, which only moves rounding.
-    tensor_parallel_size: int = option(1, "GPUs (processes on a CPU) that each layer is split over; `vllm` only")
+    tensor_parallel_size: int = option(1, "GPUs (processes on a CPU) that each layer is split over; `torch` and `vllm`")
     engine_kwargs: dict[str, Any] = option(
         {}, "further arguments of vLLM's AsyncEngineArgs, which checks them", changes_rows=True
     )

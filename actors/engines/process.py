@@ -18,6 +18,17 @@ from actors.engines.base import Completion, Engine, EngineConfig, EngineStats, R
 STATS_EVERY_S = 0.5
 EXIT_WAIT_S = 10.0
 
+_WATCH = """
+import os, select, signal, sys, time
+select.select([int(sys.argv[1])], [], [])
+for number in (signal.SIGTERM, *[0] * 30, signal.SIGKILL):
+    try:
+        os.killpg(int(sys.argv[2]), number)
+    except ProcessLookupError:
+        break
+    time.sleep(0.1)
+"""
+
 Build = Callable[[EngineConfig, int], Engine]
 
 
@@ -223,3 +234,19 @@ async def _answer(pipe: Connection, engine: Engine) -> None:
         await asyncio.wait([closing], timeout=STATS_EVERY_S)
     if failed:
         raise failed[0]  # ends the process with a full trace; the parent sees the pipe end
+
+
+def end_group_with_this_process() -> None:
+    """Make this process the head of a process group which a small process ends when this one is gone, however it went.
+
+    For an engine that has processes of its own below it. vLLM's engine core, or a rank in a collective, does not notice
+    when its owner is killed: it would keep its GPU for ever.
+    """
+    os.setpgid(0, 0)
+    this = os.pidfd_open(os.getpid())
+    command = [sys.executable, "-S", "-c", _WATCH, str(this), str(os.getpid())]
+    nowhere = subprocess.DEVNULL
+    subprocess.Popen(
+        command, pass_fds=[this], start_new_session=True, stdin=nowhere, stdout=nowhere, stderr=nowhere
+    )  # never waited for: it ends after this process
+    os.close(this)

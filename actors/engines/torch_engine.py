@@ -1,20 +1,25 @@
-"""The `torch` engine: a Hugging Face model in this process, decoded by `DecodeLoop` in one thread."""
+"""The `torch` engine: a Hugging Face model in this process, decoded by `DecodeLoop` in one thread.
+
+With `tensor_parallel_size` > 1 this process is rank 0, and holds one shard of the model; it alone chooses tokens.
+"""
 
 import asyncio
 import contextlib
 import threading
-from typing import Any
+import traceback
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
+import torch.distributed as dist
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.contract import ConfigError
-from actors.decoding.forward import ATTENTION, Forward
+from actors.decoding.forward import Forward
 from actors.decoding.loop import DecodeLoop, Row
+from actors.decoding.mirror import MirroredForward
 from actors.engines.base import Completion, EngineConfig, EngineStats, Request
 from actors.engines.footprint import longest
-from actors.engines.prompts import check_room, encode_prompt, load_failure, load_tokenizer
+from actors.engines.prompts import check_room, encode_prompt, load_tokenizer
+from actors.engines.ranks import Followers
+from actors.engines.torch_model import check_shards, load_model, load_shard
 
 
 class TorchEngine:
@@ -22,17 +27,25 @@ class TorchEngine:
 
     Args:
         num_threads: CPU threads of torch in the decoding thread; None leaves torch's default.
+        followers: the other ranks, when `tensor_parallel_size` > 1. An error of decoding then ends this process.
 
     Raises ConfigError when the model is not there, has no safetensors, or cannot be decoded by `DecodeLoop`.
     """
 
-    def __init__(self, config: EngineConfig, num_threads: int | None) -> None:
+    def __init__(self, config: EngineConfig, num_threads: int | None, followers: Followers | None = None) -> None:
         self.config = config
         self._tokenizer = load_tokenizer(config.model, config.revision)
-        model = load_model(config)
+        self._followers = followers
+        if followers is None:
+            model = load_model(config)
+            forward = Forward(model)
+        else:
+            check_shards(config)
+            model = load_shard(config, 0, followers.store)
+            forward = MirroredForward(model, followers.tell)
         self._limit = longest(model.config, config.max_model_len)
         self._loop = DecodeLoop(
-            Forward(model),
+            forward,
             self._decode,
             eos=_eos(model, self._tokenizer),
             stop=config.stop,
@@ -99,6 +112,10 @@ class TorchEngine:
             self._state.notify()
         self._thread.join()
         del self._loop.forward
+        if self._followers is not None:
+            self._followers.dismiss()
+            dist.destroy_process_group()  # as they do, now that nobody tells them more
+            self._followers.close()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -117,6 +134,9 @@ class TorchEngine:
             error: BaseException = RuntimeError("the torch engine is closed")
         except BaseException as caught:  # whatever it is, those who wait must hear of it
             error = caught
+            if self._followers is not None:
+                traceback.print_exc()
+                self._followers.abandon()
         with self._state:
             self._error = error
             rows = list(self._pending)
@@ -154,31 +174,6 @@ def _resolve(future: asyncio.Future[None], error: BaseException | None) -> None:
         future.set_result(None)
     else:
         future.set_exception(error)
-
-
-def load_model(config: EngineConfig) -> PreTrainedModel:
-    """Load the model of `config` onto its device, from safetensors alone and without running the model's own code.
-
-    Raises ConfigError in one line.
-    """
-    cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not cuda:
-        raise ConfigError("device is cuda, but torch finds no GPU here; set device to auto or cpu")
-    disable_progress_bar()  # a job's log has a line for every pool already
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            config.model,
-            revision=config.revision,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=ATTENTION,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(load_failure("causal language model", config.model, error)) from error
-    device = "cuda" if cuda and config.device != "cpu" else "cpu"
-    moved: PreTrainedModel = model.to(device).eval()
-    return moved
 
 
 def _eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

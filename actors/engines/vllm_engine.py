@@ -4,8 +4,6 @@ import difflib
 import itertools
 import os
 import re
-import subprocess
-import sys
 from dataclasses import fields
 
 from vllm import SamplingParams
@@ -21,21 +19,11 @@ from vllm.v1.executor import Executor
 
 from actors.contract import ConfigError, RowError
 from actors.engines.base import Completion, EngineConfig, EngineStats, Request
+from actors.engines.process import end_group_with_this_process
 from actors.engines.prompts import check_room, encode_prompt, load_tokenizer
 
 TELL_EVERY_TOKENS = 16
 """How often vLLM tells what it has made of a request; often enough for progress lines."""
-
-_WATCH = """
-import os, select, signal, sys, time
-select.select([int(sys.argv[1])], [], [])
-for number in (signal.SIGTERM, *[0] * 30, signal.SIGKILL):
-    try:
-        os.killpg(int(sys.argv[2]), number)
-    except ProcessLookupError:
-        break
-    time.sleep(0.1)
-"""
 
 
 class VllmEngine:
@@ -216,18 +204,3 @@ def _line(error: Exception) -> str:
         field = "" if lines[1].startswith("Value error") else f"{lines[1]}: "
         lines = [field + (lines[1] if not field else lines[2] if len(lines) > 2 else "")]
     return re.sub(r"^Value error, |\s*\[type=.*$", "", lines[0])[:400]
-
-
-def end_group_with_this_process() -> None:
-    """Make this process the head of a process group which a small process ends when this one is gone, however it went.
-
-    vLLM's engine core does not notice when its owner is killed: it would keep its GPU for ever.
-    """
-    os.setpgid(0, 0)
-    this = os.pidfd_open(os.getpid())
-    command = [sys.executable, "-S", "-c", _WATCH, str(this), str(os.getpid())]
-    nowhere = subprocess.DEVNULL
-    subprocess.Popen(
-        command, pass_fds=[this], start_new_session=True, stdin=nowhere, stdout=nowhere, stderr=nowhere
-    )  # never waited for: it ends after this process
-    os.close(this)

@@ -9,11 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.engines.base import EngineConfig
 from actors.engines.prompts import load_tokenizer
-from actors.engines.torch_engine import load_model
+from actors.engines.torch_model import load_model
 from tests import tiny_models
 
 BUILDERS: dict[str, Callable[[Path], Path]] = {
     "llama": tiny_models.build_tiny_llama,
+    "tied": tiny_models.build_tiny_tied_llama,
     "gemma2": tiny_models.build_tiny_gemma2,
     "qwen2": tiny_models.build_tiny_qwen2,
     "mistral": tiny_models.build_tiny_mistral,
@@ -22,7 +23,7 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a tiny model: llama, gemma2, qwen2 or mistral."""
+    """The folder of a tiny model: llama, tied (a llama too), gemma2, qwen2 or mistral."""
     built: dict[str, Path] = {}
 
     def folder(kind: str) -> Path:

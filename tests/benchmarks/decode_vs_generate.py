@@ -26,7 +26,7 @@ from actors.decoding.forward import Forward
 from actors.decoding.loop import DecodeLoop, Row
 from actors.engines.base import EngineConfig
 from actors.engines.prompts import encode_prompt, load_tokenizer
-from actors.engines.torch_engine import load_model
+from actors.engines.torch_model import load_model
 
 SUBJECTS = ["tides", "bread", "glass", "rainbows", "bees", "money", "rust", "sleep", "chess", "echoes", "maps", "snow"]
 QUESTIONS = [

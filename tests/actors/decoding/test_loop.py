@@ -13,7 +13,7 @@ from actors.decoding import loop as loop_module
 from actors.decoding.forward import Forward, SlotCache
 from actors.decoding.loop import DecodeLoop, Row
 from actors.engines.base import EngineConfig
-from actors.engines.torch_engine import load_model
+from actors.engines.torch_model import load_model
 
 MAX_TOKENS = 20
 SAMPLED = {"temperature": 0.8, "top_p": 0.95}

@@ -241,7 +241,7 @@ def test_a_missing_model_is_a_config_error(tmp_path: Path) -> None:
     [
         ({"engine_kwargs": {"dtype": "half"}}, "engine_kwargs.dtype: dtype has a key of its own"),
         ({"engine_kwargs": {"trust_remote_code": True}}, "trust_remote_code is not to be had"),
-        ({"engine": "torch", "tensor_parallel_size": 2}, "tensor_parallel_size has no effect with engine=torch"),
+        ({"engine": "openai", "tensor_parallel_size": 2}, "tensor_parallel_size has no effect with engine=openai"),
         ({"engine": "torch", "engine_kwargs": {"seed": 1}}, "engine_kwargs.seed"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1"),
         ({"base_url": "http://127.0.0.1/v1"}, "base_url has no effect with engine=vllm: it is for openai"),
