@@ -46,10 +46,9 @@ class PoolConfig(EngineConfig):
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
         shards = self.tensor_parallel_size
         if self.engine in ("torch", "vllm") and self.num_gpus not in (0, shards):
-            fix = f" or tensor_parallel_size={self.num_gpus}" if self.engine == "vllm" else ""
             raise ConfigError(
                 f"num_gpus={self.num_gpus} does not go with tensor_parallel_size={shards}: a replica has one GPU per "
-                f"shard; set num_gpus={shards}{fix}"
+                f"shard; set num_gpus={shards} or tensor_parallel_size={self.num_gpus}"
             )
 
     @property

@@ -275,7 +275,10 @@ def test_a_mistake_found_by_the_engine_is_told_with_the_first_unit(monkeypatch: 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"engine": "torch", "num_gpus": 2}, r"num_gpus=2 does not go with tensor_parallel_size=1: .* set num_gpus=1$"),
+        (
+            {"engine": "torch", "num_gpus": 2},
+            r"num_gpus=2 does not go with tensor_parallel_size=1: .* set num_gpus=1 or tensor_parallel_size=2$",
+        ),
         (
             {"engine": "vllm", "num_gpus": 1, "tensor_parallel_size": 2},
             r"num_gpus=1 does not go with .*; set num_gpus=2 or tensor_parallel_size=1$",
