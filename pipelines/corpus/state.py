@@ -91,12 +91,9 @@ def _read_state(output: Storage) -> State:
     """Units first, partitions second: a unit that is published in between is then seen twice, never not at all."""
     sizes = {unit: size for name, size in output.sizes("units").items() if (unit := Unit.parse(name))}
     partitions = _partitions(output)
-    finished: Coverage = {}
-    for partition in partitions:
-        if partition.manifest:
-            finished = units.add(finished, _manifest_units(partition.manifest))
+    finished = [unit for each in partitions if each.manifest for unit in _manifest_units(each.manifest)]
     planned = [unit for partition in partitions if partition.manifest is None for unit in partition.units]
-    published = units.add(finished, planned)
+    published = units.add({}, [*finished, *planned])
     counting = units.cover(sizes, published)
     keep = {*counting, *planned}
     return State(
