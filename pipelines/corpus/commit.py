@@ -84,10 +84,7 @@ class Committer:
         if all(well):
             return inputs
         version = shard_of(shard)
-        row_group = 0
-        while unit.start >= sum(version.row_groups[: row_group + 1]):
-            row_group += 1
-        ((_, whole),) = read_rows(self.source, Span(version, row_group, (unit,)))
+        ((_, whole),) = read_rows(self.source, Span(version, version.row_group_of(unit.start), (unit,)))
         if isinstance(whole, Unreadable):
             return inputs
         for row, is_well in enumerate(well):

@@ -1,6 +1,5 @@
 """The plan of a job: the complement of what is done, cut into units."""
 
-import bisect
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -124,9 +123,9 @@ def _spans(versions: dict[str, Shard], pending: list[Unit]) -> list[Span]:
         by_shard.setdefault(unit.shard, []).append(unit)
     spans: list[Span] = []
     for key in sorted(by_shard, key=lambda key: (versions[key].listed.path, key)):
-        ends = list(itertools.accumulate(versions[key].row_groups))
-        groups = itertools.groupby(sorted(by_shard[key]), key=lambda unit: bisect.bisect_right(ends, unit.start))
-        spans.extend(Span(versions[key], group, tuple(found)) for group, found in groups)
+        shard = versions[key]
+        groups = itertools.groupby(sorted(by_shard[key]), key=lambda unit: shard.row_group_of(unit.start))
+        spans.extend(Span(shard, group, tuple(found)) for group, found in groups)
     return spans
 
 

@@ -39,7 +39,7 @@ class Span:
     @property
     def first_row(self) -> int:
         """Row of the shard with which the row group begins."""
-        return sum(self.shard.row_groups[: self.row_group])
+        return self.shard.bounds[self.row_group]
 
     @property
     def num_rows(self) -> int:

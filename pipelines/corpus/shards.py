@@ -2,8 +2,11 @@
 
 import hashlib
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal
 
 import fsspec
@@ -77,7 +80,16 @@ class Shard:
 
     @property
     def num_rows(self) -> int:
-        return sum(self.row_groups)
+        return self.bounds[-1]
+
+    @cached_property
+    def bounds(self) -> tuple[int, ...]:
+        """The row with which each row group begins, and the end of the last one."""
+        return tuple(accumulate(self.row_groups, initial=0))
+
+    def row_group_of(self, row: int) -> int:
+        """The row group that holds a row of the shard."""
+        return bisect_right(self.bounds, row) - 1
 
 
 @dataclass(frozen=True)

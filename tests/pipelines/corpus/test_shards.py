@@ -15,7 +15,7 @@ from actors.contract import ConfigError
 from pipelines.corpus import schema
 from pipelines.corpus.shards import BadShard, Input, InputConfig, shard_of, shard_record
 from pipelines.corpus.storage import Storage
-from tests.pipelines.corpus.fabricate import only_shard, write_shard
+from tests.pipelines.corpus.fabricate import fake_shard, only_shard, write_shard
 
 CONFIG = InputConfig(path="in")
 
@@ -136,6 +136,12 @@ def test_a_shard_record_gives_back_the_shard(tmp_path: Path) -> None:
     shard = only_shard(Input(str(tmp_path)), CONFIG)
     assert shard.row_groups == (4, 4, 2)
     assert shard_of(shard_record(shard)) == shard
+
+
+def test_a_row_is_found_in_the_row_group_that_holds_it_and_never_in_an_empty_one() -> None:
+    shard = fake_shard(row_groups=(0, 3, 0, 2, 1, 0))
+    assert [shard.row_group_of(row) for row in range(6)] == [1, 1, 1, 3, 3, 4]
+    assert (shard.bounds, shard.num_rows) == ((0, 0, 3, 3, 5, 6, 6), 6)
 
 
 def test_an_input_travels_between_processes(tmp_path: Path) -> None:
