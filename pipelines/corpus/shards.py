@@ -111,10 +111,14 @@ class Input:
             raise ConfigError(f"input.path {url!r} cannot be opened: {error}") from error
         self._pattern = path.rstrip("/") if len(path) > 1 else path
         self._is_folder = not _is_glob(self._pattern) and self.fs.isdir(self._pattern)
+        self._is_searched = self._is_folder or _is_glob(self._pattern)
         self.root = self._pattern if self._is_folder else _literal_folder(self._pattern)
 
     def listing(self) -> list[Listed]:
-        """Every Parquet shard, in path order. Raises ConfigError where there is none."""
+        """Every Parquet shard, in path order. Raises ConfigError where there is none.
+
+        A search below a folder or by a glob passes over hidden files (`_x`, `.x`); one that is named is taken.
+        """
         self.fs.invalidate_cache()
         if _is_glob(self._pattern):
             found = self.fs.glob(self._pattern, detail=True)
@@ -128,7 +132,7 @@ class Input:
         shards = [
             Listed(path[len(self.root) :].lstrip("/"), int(info["size"]), _tag(info))
             for path, info in found.items()
-            if info["type"] == "file" and not _is_hidden(path[len(self.root) :])
+            if info["type"] == "file" and not (self._is_searched and _is_hidden(path[len(self.root) :]))
         ]
         if not shards:
             raise ConfigError(f"input.path {self.url!r} holds no Parquet file")

@@ -74,6 +74,12 @@ def test_hidden_files_folders_and_other_kinds_of_file_are_no_shards(tmp_path: Pa
     assert _paths(tmp_path / "*.parquet") == ["a.parquet"]
 
 
+def test_a_file_that_is_named_is_a_shard_even_where_a_search_would_pass_over_it(tmp_path: Path) -> None:
+    for name in ("_a.parquet", ".a.parquet"):
+        write_shard(tmp_path / name, 1)
+        assert _paths(tmp_path / name) == [name]
+
+
 def test_a_hidden_folder_above_the_root_hides_nothing(tmp_path: Path) -> None:
     write_shard(tmp_path / ".cache" / "_in" / "a.parquet", 1)
     assert _paths(tmp_path / ".cache" / "_in") == ["a.parquet"]
