@@ -45,9 +45,7 @@ class Committer:
 
     def __call__(self, packed: pa.Table) -> pa.Table:
         """Commit one packed unit. Returns one row: unit, rows, quarantined, changed, whether this call's copy won."""
-        unit = Unit.parse(label(packed, "unit"))
-        if unit is None:
-            raise ValueError(f"{label(packed, 'unit')!r} is not a unit name")
+        unit = Unit.named(label(packed, "unit"))
         shard = json.loads(label(packed, "shard"))
         table = self._table(unit, shard, unpack(packed))
         facts = self._facts(unit, shard, table)

@@ -169,8 +169,8 @@ def _retries(
         for part in partition.manifest["quarantine"] if partition.manifest else []:
             table = pq.read_table(output.path(part["path"]), columns=["unit", "source", "cause"], filesystem=output.fs)
             for name, where, found in zip(*(table[column].to_pylist() for column in table.column_names), strict=True):
-                unit = Unit.parse(name)
-                if found == cause and unit is not None:
+                if found == cause:
+                    unit = Unit.named(name)
                     rows.setdefault((unit.shard, unit.retry + 1), []).append(where["row"])
     pending: list[Unit] = []
     for (key, retry), numbers in sorted(rows.items()):

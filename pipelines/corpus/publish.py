@@ -198,7 +198,7 @@ def _finish(output: Storage, config: OutputConfig, partition: Partition) -> list
     corpus, quarantine = [], []
     try:
         for number, part in enumerate(plan["parts"]):
-            found = [unit for name in part["units"] if (unit := Unit.parse(name))]
+            found = [Unit.named(name) for name in part["units"]]
             name = f"part-{number:05d}.parquet"
             left_out = {unit: [(unit.start, unit.stop)] for unit in found}
             if part["has_ok"]:

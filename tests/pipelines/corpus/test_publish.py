@@ -596,6 +596,17 @@ def test_a_foreign_file_among_the_units_is_left_alone(local_output: Storage) -> 
     assert local_output.read("units/notes.txt") == b"mine"
 
 
+def test_a_plan_that_names_what_is_no_unit_is_never_finished_without_it(local_output: Storage) -> None:
+    (unit,) = commit_units(local_output, OTHER)
+    with pytest.raises(Killed):
+        publish(Stepped(local_output, at(1, kill)), CONFIG)  # plan.json is there
+    path = "corpus/run=000001/plan.json"
+    local_output.put(path, local_output.read(path).replace(unit.name.encode(), b"another version's name"))
+    with pytest.raises(ValueError, match="is not a unit name"):
+        publish(local_output, CONFIG)
+    assert not local_output.exists("corpus/run=000001/_SUCCESS")
+
+
 # --- reading it -----------------------------------------------------------------------------------------------------
 
 
