@@ -21,7 +21,7 @@ from actors.contract import PROBLEM, ConfigError, option
 from pipelines.corpus import schema, units
 from pipelines.corpus.card import write_card
 from pipelines.corpus.commit import unit_facts
-from pipelines.corpus.parquet import Damaged, Watched, first_line, read_footer
+from pipelines.corpus.parquet import Damaged, Watched, first_line, is_damage, read_footer
 from pipelines.corpus.shards import BadShard
 from pipelines.corpus.state import Partition, State, coverage_record, partition_folder, read_state
 from pipelines.corpus.storage import Storage, concurrently
@@ -309,8 +309,8 @@ def _read_unit(output: Storage, unit: Unit) -> pa.Table:
         file = Watched(raw)
         try:
             table = pq.read_table(pa.PythonFile(file, mode="r"), page_checksum_verification=True)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            if file.error is not None:
+        except Exception as error:
+            if file.error is not None or not is_damage(error):
                 raise
             raise _DamagedUnit(unit) from Damaged(first_line(error))
     if table["source"].combine_chunks().field("row").to_pylist() != list(range(unit.start, unit.stop)):

@@ -13,7 +13,7 @@ from ray.data.block import Block, BlockMetadata
 from ray.data.datasource import ReadTask
 
 from actors.contract import MESSAGE, PROBLEM, PROMPT, pack
-from pipelines.corpus.parquet import Watched, first_line
+from pipelines.corpus.parquet import Watched, first_line, is_damage
 from pipelines.corpus.schema import SOURCE
 from pipelines.corpus.shards import Input, InputConfig, Shard, is_string, shard_record
 from pipelines.corpus.units import Unit
@@ -140,8 +140,8 @@ def _rows(source: Input, columns: list[str] | None, span: Span) -> Iterator[tupl
             if not waiting:
                 return
         raise OSError("the row group ends before the rows that the footer promises")
-    except (pa.ArrowException, OSError, ValueError) as error:
-        if file.error is not None:
+    except Exception as error:
+        if file.error is not None or not is_damage(error):
             raise
         message = first_line(error)
     finally:

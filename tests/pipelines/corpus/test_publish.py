@@ -17,7 +17,7 @@ import pytest
 
 from pipelines.corpus import schema
 from pipelines.corpus.card import write_card
-from pipelines.corpus.commit import write_unit
+from pipelines.corpus.commit import unit_facts, write_unit
 from pipelines.corpus.publish import OutputConfig, Published, publish
 from pipelines.corpus.shards import BadShard
 from pipelines.corpus.state import read_state
@@ -586,6 +586,27 @@ def test_a_store_error_while_units_are_read_is_not_damage(
     assert len(local_output.sizes("units")) == len(units)
     publish(local_output, CONFIG)
     check_exactly_once(local_output, rows_of(SHARD))
+
+
+@pytest.mark.parametrize(
+    "error", [pa.ArrowMemoryError("malloc of size 64 failed"), pa.ArrowCancelled("Ctrl-C"), MemoryError()], ids=repr
+)
+def test_a_full_memory_or_a_cancelled_read_is_not_damage_and_deletes_no_unit(
+    local_output: Storage, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    units = commit_units(local_output, SHARD)
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("pyarrow.parquet.read_table", fail)
+    with pytest.raises(type(error)):
+        publish(local_output, CONFIG)
+    assert len(local_output.sizes("units")) == len(units)
+    monkeypatch.undo()
+    monkeypatch.setattr("pyarrow.parquet.read_metadata", fail)  # with which planning reads a footer
+    with pytest.raises(type(error)):
+        unit_facts(local_output, units[0], local_output.sizes("units")[f"{units[0].name}.parquet"])
 
 
 def test_a_foreign_file_among_the_units_is_left_alone(local_output: Storage) -> None:

@@ -441,6 +441,24 @@ def test_an_outage_in_the_middle_of_a_read_propagates_and_quarantines_nothing(
     assert num_failures == reads >= 2  # at the footer's read, and at the pages'
 
 
+@pytest.mark.parametrize(
+    "error", [pa.ArrowMemoryError("malloc of size 64 failed"), pa.ArrowCancelled("Ctrl-C"), MemoryError()], ids=repr
+)
+def test_a_full_memory_or_a_cancelled_read_propagates_and_quarantines_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    _paged_shard(tmp_path / "a.parquet")
+    source = Input(str(tmp_path))
+    span = _units(only_shard(source, CONFIG))[0]
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", fail)
+    with pytest.raises(type(error)):
+        list(read_checked(source, CONFIG, span))
+
+
 def test_a_shard_that_was_replaced_after_planning_is_not_read_as_what_it_was(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.parquet", pa.table({"prompt": ["old 1", "old 2"]}))
     source = Input(str(tmp_path))
