@@ -133,7 +133,11 @@ def _withheld(plan: dict[str, Any], most: float) -> str:
 def _plan(
     output: Storage, config: OutputConfig, state: State, bad_shards: tuple[BadShard, ...]
 ) -> tuple[dict[str, Any], list[Unit]]:
-    """The next partition's plan, and the units that are damaged (then there is no plan)."""
+    """The next partition's plan, and the units that are damaged (then there is no plan).
+
+    One partition, one making: of units that differ in fingerprint, as two jobs at once may leave them, the plan takes
+    those of the oldest run's; the others stay for the partitions after it.
+    """
 
     def facts_of(unit: Unit) -> dict[str, Any] | None:
         try:
@@ -145,7 +149,8 @@ def _plan(
     damaged = [unit for unit, facts in read if facts is None]
     if damaged:
         return {}, damaged
-    named = {unit: found for unit, found in read if found is not None}
+    oldest = min((found for _, found in read if found), key=lambda found: found["run"])["fingerprint"]
+    named = {unit: found for unit, found in read if found and found["fingerprint"] == oldest}
     facts = dict(sorted(named.items(), key=lambda item: (item[1]["shard"]["path"], item[0])))  # the input's own order
     causes: Counter[str] = Counter()
     for found in facts.values():

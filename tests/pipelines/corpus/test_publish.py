@@ -161,6 +161,20 @@ def test_units_are_kept_on_demand_and_never_published_again(output: Storage) -> 
     assert all_files(output) == before
 
 
+def test_units_of_two_makings_become_a_partition_each_the_oldest_runs_first(output: Storage) -> None:
+    for start, run, fingerprint in ((0, 3, "b"), (4, 2, "a"), (8, 3, "b")):
+        unit = Unit(SHARD.key, start, start + 4)
+        commit_unit(output, SHARD, unit, [start] if start == 8 else [], run=run, fingerprint=fingerprint)
+    commit_unit(output, OTHER, Unit(OTHER.key, 0, 4), run=4, fingerprint="a")  # back to the old values
+
+    assert publish(output, CONFIG) == Published((1, 2), (), None)
+
+    told = [(found["fingerprints"], found["runs"], found["num_rows"]) for found in manifests_of(output)]
+    assert told == [(["a"], [2, 4], 8), (["b"], [3], 8)]
+    assert [len(found["finished_shards"]) for found in manifests_of(output)] == [1, 1]
+    check_exactly_once(output, rows_of(SHARD, OTHER))
+
+
 def test_a_second_partition_leaves_the_first_as_it_was_byte_for_byte(output: Storage) -> None:
     commit_units(output, SHARD, quarantined=[0])
     publish(output, CONFIG)
