@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -12,11 +13,13 @@ from typing import Any, Literal
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from actors.contract import ConfigError, option
 from pipelines.corpus import schema
 from pipelines.corpus.parquet import Damaged, read_footer
-from pipelines.corpus.storage import concurrently
+from pipelines.corpus.storage import Storage, concurrently
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,27 @@ class Input:
         if not shards:
             raise ConfigError(f"input.path {self.url!r} holds no Parquet file")
         return sorted(shards, key=lambda shard: shard.path)
+
+    def refuse_own_output(self, output: Storage) -> None:
+        """Raise ConfigError where the search for shards would find what is written to `output`: it would align that."""
+        if type(self.fs) is not type(output.fs):
+            return
+        root = os.path.realpath(output.root) if output.is_local else output.root
+        for path in ("units/x.parquet", "corpus/run=000001/part-00000.parquet", "quarantine/run=000001/part-0.parquet"):
+            if self._would_find(f"{root}/{path}"):
+                raise ConfigError(
+                    f"output.root {output.url!r} lies where input.path {self.url!r} is searched: the next run would "
+                    f"align the corpus itself. Take an output.root outside, or one whose name begins with _ or ."
+                )
+
+    def _would_find(self, path: str) -> bool:
+        """Whether a Parquet file at the file system's own path would be listed."""
+        root = os.path.realpath(self.root) if isinstance(self.fs, LocalFileSystem) else self.root
+        below = path.removeprefix(root.rstrip("/") + "/")
+        if below == path or _is_hidden(below) or not self._is_searched:
+            return False
+        pattern = self._pattern[len(self.root) :].lstrip("/")
+        return self._is_folder or re.fullmatch(glob_translate(pattern), below) is not None
 
     def open(self, shard: Listed) -> Any:
         """The shard's bytes as a seekable binary file, unbuffered: Parquet reads whole column chunks.
