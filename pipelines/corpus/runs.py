@@ -33,6 +33,20 @@ def create_run(output: Storage, record: dict[str, Any]) -> int:
     return int(number)
 
 
+def check_input_root(before: str, now: str, *, has_rows: bool, accept_changes: bool) -> None:
+    """Raise ConfigError where shards are named below another folder than in the last run: all would look new.
+
+    Data that was moved as it is keeps its paths below the root, and its versions where the store keeps ETags or
+    modification times: `run.accept_changes=true` goes on with it.
+    """
+    if before != now and has_rows and not accept_changes:
+        raise ConfigError(
+            f"input.path is rooted at {now} and was at {before} in the last run: shards are known by their path below "
+            f"that, so rows that are done would be made again. Spell input.path so that it is rooted where it was, "
+            f"take another output.root, or, where the data itself has moved, run.accept_changes=true"
+        )
+
+
 def check_fingerprint(
     before: Mapping[str, Any],
     now: Mapping[str, Any],

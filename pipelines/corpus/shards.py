@@ -117,6 +117,12 @@ class Input:
         self._is_searched = self._is_folder or _is_glob(self._pattern)
         self.root = self._pattern if self._is_folder else _literal_folder(self._pattern)
 
+    @property
+    def root_url(self) -> str:
+        """The folder that shards are named below, with its protocol."""
+        url: str = self.fs.unstrip_protocol(self.root)
+        return url
+
     def listing(self) -> list[Listed]:
         """Every Parquet shard, in path order. Raises ConfigError where there is none.
 
