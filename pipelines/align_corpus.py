@@ -19,7 +19,7 @@ from pipelines.config import Flags, compose
 from pipelines.corpus.lease import Held, Lease
 from pipelines.corpus.plan import Plan, make_plan
 from pipelines.corpus.publish import Published, publish
-from pipelines.corpus.runs import check_fingerprint, create_run, digest, latest_pace, latest_run
+from pipelines.corpus.runs import check_fingerprint, check_input_root, create_run, digest, latest_pace, making_run
 from pipelines.corpus.shards import Input
 from pipelines.corpus.state import read_state
 from pipelines.corpus.storage import Storage
@@ -74,7 +74,14 @@ def align_corpus(config: AlignCorpusConfig, flags: Flags) -> int:
 
 def planned(config: AlignCorpusConfig, source: Input, output: Storage, limit: int | None) -> Plan:
     """What is to be made. Raises ConfigError where the rows would not go together with those that are there."""
-    state, before = read_state(output), latest_run(output)
+    state = read_state(output)
+    before = making_run(output, state)
+    check_input_root(
+        before["input_root"] if before else source.root_url,
+        source.root_url,
+        has_rows=bool(state.committed or state.partitions),
+        accept_changes=config.run.accept_changes,
+    )
     plan = make_plan(
         source,
         config.input,
@@ -101,7 +108,7 @@ def make_and_publish(config: AlignCorpusConfig, source: Input, output: Storage, 
     while True:
         if plan.num_units:
             connect(config)
-            run = create_run(output, run_record(config, plan))
+            run = create_run(output, run_record(config, source, plan))
             stream(config, source, output, plan, run)
         published = publish(
             output,

@@ -47,7 +47,7 @@ class Node:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        labels = "".join(f", {label}={value}" for label, value in self.labels.items())
+        labels = "".join(f", {key}={value}" for key, value in self.labels.items() if not key.startswith("ray.io/"))
         return f"{self.name}: {self.gpus:g} GPUs, {self.cpus:g} CPUs{labels}"
 
 
@@ -116,6 +116,7 @@ def wait_until_placeable(needs: list[Need], wait_s: float, announce: Callable[[s
             if time.monotonic() > deadline:
                 raise error
             time.sleep(POLL_S)
+            _request(needs)  # again: Ray keeps one request, and what Ray Data of an earlier job left here sends its own
     finally:
         _request([])  # what is asked for would be kept for ever; from here on the pools themselves hold the nodes
 
@@ -145,7 +146,7 @@ def live_nodes() -> list[Node]:
             node["NodeManagerAddress"],
             node["Resources"].get("CPU", 0.0),
             node["Resources"].get("GPU", 0.0),
-            {label: value for label, value in node["Labels"].items() if not label.startswith("ray.io/")},
+            node["Labels"],
         )
         for node in ray.nodes()
         if node["Alive"]

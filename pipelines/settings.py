@@ -19,7 +19,7 @@ from pipelines.corpus import schema
 from pipelines.corpus.plan import Plan
 from pipelines.corpus.publish import OutputConfig
 from pipelines.corpus.runs import digest
-from pipelines.corpus.shards import InputConfig
+from pipelines.corpus.shards import Input, InputConfig
 
 VERSION = "0.1.0"
 SECRET_WORDS = ("secret", "password", "token", "key", "credential")
@@ -35,7 +35,7 @@ class RunConfig:
     max_quarantined_fraction: float = option(0.1, "publish nothing where more of a partition's rows are quarantined")
     accept_quarantined: bool = option(False, "publish all the same")
     retry_quarantined: str | None = option(None, "align published quarantined rows with this cause again")
-    accept_changes: bool = option(False, "apply a changed config to new rows")
+    accept_changes: bool = option(False, "apply a changed config to new rows; go on with an input that was moved")
     lease_ttl_s: float = option(30.0, "seconds of silence after which another job on the same root counts as dead")
     wait_for_resources_s: float = option(600.0, "seconds to wait for nodes that an autoscaling cluster may add")
     stall_minutes: float = option(30.0, "end with exit code 4 after so long without a token, a commit or a start-up")
@@ -129,7 +129,7 @@ def fingerprint(config: AlignCorpusConfig, kept_types: Mapping[str, str]) -> dic
     }
 
 
-def run_record(config: AlignCorpusConfig, plan: Plan) -> dict[str, Any]:
+def run_record(config: AlignCorpusConfig, source: Input, plan: Plan) -> dict[str, Any]:
     """What runs/<n>.json keeps: enough to make the same rows again, and to tell whether a later run would."""
     made_of = fingerprint(config, plan.kept_types)
     return {
@@ -138,6 +138,7 @@ def run_record(config: AlignCorpusConfig, plan: Plan) -> dict[str, Any]:
         "fingerprint": made_of,
         "digest": digest(made_of),
         "kept_types": plan.kept_types,
+        "input_root": source.root_url,
         "num_units": plan.num_units,
         "num_rows": plan.num_rows,
         "bad_shards": [{"path": shard.path, "reason": shard.reason} for shard in plan.bad_shards],

@@ -1,6 +1,6 @@
 """Commits: a finished unit becomes one Parquet object, created if absent, that says everything about its rows."""
 
-import base64
+import functools
 import json
 import os
 import socket
@@ -17,12 +17,14 @@ import pyarrow.parquet as pq
 from actors.contract import label, unpack
 from pipelines.corpus import schema
 from pipelines.corpus.parquet import Damaged, read_footer
-from pipelines.corpus.read import Span, Unreadable, bytes_type, read_rows
-from pipelines.corpus.shards import Input, shard_of
+from pipelines.corpus.read import WholeRows
+from pipelines.corpus.shards import Input, Shard, shard_of
 from pipelines.corpus.storage import Storage
 from pipelines.corpus.units import Unit
 
 METADATA_KEY = b"burnish.unit"
+BEHIND_BYTES = 32 << 20
+ROW_GROUPS_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Committer:
 
     Attributes:
         output: the output root.
-        source: the input, read again for the whole rows of what is quarantined.
+        source: the input, read again for the whole rows of what a stage after reading quarantines.
         keep_columns: the kept columns, in order.
         run: number of the run record.
         fingerprint: digest of the run's fingerprint.
@@ -45,9 +47,7 @@ class Committer:
 
     def __call__(self, packed: pa.Table) -> pa.Table:
         """Commit one packed unit. Returns one row: unit, rows, quarantined, changed, whether this call's copy won."""
-        unit = Unit.parse(label(packed, "unit"))
-        if unit is None:
-            raise ValueError(f"{label(packed, 'unit')!r} is not a unit name")
+        unit = Unit.named(label(packed, "unit"))
         shard = json.loads(label(packed, "shard"))
         table = self._table(unit, shard, unpack(packed))
         facts = self._facts(unit, shard, table)
@@ -73,26 +73,26 @@ class Committer:
         columns = {name: rows[name] for name in ("prompt_id", "prompt", "responses", "aligned", "source")}
         columns["status"] = pc.if_else(well, "ok", "quarantined")
         columns["problem"] = rows["problem"]
-        columns["input"] = pa.array(self._inputs(unit, shard, well.to_pylist()), pa.string())
+        columns["input"] = pa.array(self._inputs(unit, shard, rows), pa.string())
         kept = [pa.field(name, rows.schema.field(name).type) for name in self.keep_columns]
         columns.update({name: rows[name] for name in self.keep_columns})
         return pa.table(columns).cast(pa.schema([*schema.UNIT, *kept]))
 
-    def _inputs(self, unit: Unit, shard: dict[str, Any], well: list[bool]) -> list[str | None]:
-        """The input row as JSON where it is quarantined, null elsewhere."""
-        inputs: list[str | None] = [None] * len(well)
-        if all(well):
-            return inputs
-        version = shard_of(shard)
-        row_group = 0
-        while unit.start >= sum(version.row_groups[: row_group + 1]):
-            row_group += 1
-        ((_, whole),) = read_rows(self.source, Span(version, row_group, (unit,)))
-        if isinstance(whole, Unreadable):
-            return inputs
-        for row, is_well in enumerate(well):
-            if not is_well:
-                inputs[row] = row_as_json(whole.slice(row, 1))
+    def _inputs(self, unit: Unit, shard: dict[str, Any], rows: pa.Table) -> list[str | None]:
+        """The input row as JSON where it is quarantined, null elsewhere. Reading has seen to what it found itself.
+
+        A row that failed later makes its row group be read again, up to that row. Units of a row group that come in
+        about the order of its rows share one such reading (see `WholeRows`); where they come further out of order than
+        BEHIND_BYTES, each may cost a reading from the row group's first row.
+        """
+        inputs: list[str | None] = rows["input"].to_pylist()
+        problems = rows["problem"].to_pylist()
+        late = [row for row, problem in enumerate(problems) if problem and problem["stage"] != "read"]
+        if late:
+            version = shard_of(shard)
+            texts = _whole_rows(self.source, version, version.row_group_of(unit.start)).as_json(unit, late)
+            for row in late:
+                inputs[row] = texts[row]
         return inputs
 
     def _facts(self, unit: Unit, shard: dict[str, Any], table: pa.Table) -> dict[str, Any]:
@@ -111,6 +111,12 @@ class Committer:
         }
 
 
+@functools.lru_cache(ROW_GROUPS_AT_ONCE)
+def _whole_rows(source: Input, shard: Shard, row_group: int) -> WholeRows:
+    """One reading of a row group for all commits of a process."""
+    return WholeRows(source, shard, row_group, BEHIND_BYTES)
+
+
 def write_unit(output: Storage, unit: Unit, table: pa.Table, facts: dict[str, Any]) -> bool:
     """Create the unit's file; False where another copy of it was there first (this one is then dropped).
 
@@ -123,34 +129,6 @@ def write_unit(output: Storage, unit: Unit, table: pa.Table, facts: dict[str, An
         pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 
     return output.create_file(unit.path, write)
-
-
-def row_as_json(row: pa.Table) -> str:
-    """One row as JSON text. Bytes that are not UTF-8 become {"base64": …}; times and the like become strings."""
-    values: dict[str, Any] = {}
-    for number, (name, column) in enumerate(zip(row.column_names, row.columns, strict=True)):
-        values[name if name not in values else f"{name}#{number}"] = _value(column.cast(bytes_type(column.type)))
-    return json.dumps(_plain(values), ensure_ascii=False, default=str)
-
-
-def _value(column: pa.ChunkedArray) -> Any:
-    try:
-        return column[0].as_py()
-    except (OverflowError, ValueError):  # a time that Python cannot hold
-        return column.combine_chunks().to_string(skip_new_lines=True)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError:
-            return {"base64": base64.b64encode(value).decode()}
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _num_changed(table: pa.Table) -> tuple[int, int]:

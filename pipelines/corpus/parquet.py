@@ -12,6 +12,16 @@ class Damaged(Exception):
     """The bytes are there, but they are not the Parquet file that they should be."""
 
 
+def is_damage(error: BaseException) -> bool:
+    """Whether an error of Arrow's Parquet reader is the file's fault: not that of a full memory, nor a person's wish.
+
+    Arrow reports what it cannot decode as OSError, too; whether that came from the store, `Watched` knows.
+    """
+    if isinstance(error, (MemoryError, pa.ArrowCancelled)):
+        return False
+    return isinstance(error, (pa.ArrowException, OSError, ValueError))
+
+
 def read_footer(fs: Any, path: str, size: int) -> tuple[pq.FileMetaData, bytes]:
     """The parsed footer of a file of `size` bytes and its raw bytes, in one or two small reads.
 
@@ -29,7 +39,9 @@ def read_footer(fs: Any, path: str, size: int) -> tuple[pq.FileMetaData, bytes]:
     try:
         metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
         metadata.schema.to_arrow_schema()
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except Exception as error:
+        if not is_damage(error):
+            raise
         raise Damaged(first_line(error)) from error
     return metadata, footer
 

@@ -1,6 +1,5 @@
 """The plan of a job: the complement of what is done, cut into units."""
 
-import bisect
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -65,7 +64,10 @@ def make_plan(
         limit: plan whole units until they hold this many rows; None: all.
         retry_quarantined: plan, besides, the published quarantined rows with this cause again.
         kept_types: the kept columns' types that earlier runs fixed.
+
+    Raises ConfigError where the output lies in the input, or the input is not what earlier runs read.
     """
+    source.refuse_own_output(output)
     listing = source.listing()
     finished = state.finished_shards
     opened = [listed for listed in listing if listed not in finished]
@@ -124,9 +126,9 @@ def _spans(versions: dict[str, Shard], pending: list[Unit]) -> list[Span]:
         by_shard.setdefault(unit.shard, []).append(unit)
     spans: list[Span] = []
     for key in sorted(by_shard, key=lambda key: (versions[key].listed.path, key)):
-        ends = list(itertools.accumulate(versions[key].row_groups))
-        groups = itertools.groupby(sorted(by_shard[key]), key=lambda unit: bisect.bisect_right(ends, unit.start))
-        spans.extend(Span(versions[key], group, tuple(found)) for group, found in groups)
+        shard = versions[key]
+        groups = itertools.groupby(sorted(by_shard[key]), key=lambda unit: shard.row_group_of(unit.start))
+        spans.extend(Span(shard, group, tuple(found)) for group, found in groups)
     return spans
 
 
@@ -170,8 +172,8 @@ def _retries(
         for part in partition.manifest["quarantine"] if partition.manifest else []:
             table = pq.read_table(output.path(part["path"]), columns=["unit", "source", "cause"], filesystem=output.fs)
             for name, where, found in zip(*(table[column].to_pylist() for column in table.column_names), strict=True):
-                unit = Unit.parse(name)
-                if found == cause and unit is not None:
+                if found == cause:
+                    unit = Unit.named(name)
                     rows.setdefault((unit.shard, unit.retry + 1), []).append(where["row"])
     pending: list[Unit] = []
     for (key, retry), numbers in sorted(rows.items()):

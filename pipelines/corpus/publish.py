@@ -21,7 +21,7 @@ from actors.contract import PROBLEM, ConfigError, option
 from pipelines.corpus import schema, units
 from pipelines.corpus.card import write_card
 from pipelines.corpus.commit import unit_facts
-from pipelines.corpus.parquet import Damaged, Watched, first_line, read_footer
+from pipelines.corpus.parquet import Damaged, Watched, first_line, is_damage, read_footer
 from pipelines.corpus.shards import BadShard
 from pipelines.corpus.state import Partition, State, coverage_record, partition_folder, read_state
 from pipelines.corpus.storage import Storage, concurrently
@@ -133,7 +133,11 @@ def _withheld(plan: dict[str, Any], most: float) -> str:
 def _plan(
     output: Storage, config: OutputConfig, state: State, bad_shards: tuple[BadShard, ...]
 ) -> tuple[dict[str, Any], list[Unit]]:
-    """The next partition's plan, and the units that are damaged (then there is no plan)."""
+    """The next partition's plan, and the units that are damaged (then there is no plan).
+
+    One partition, one making: of units that differ in fingerprint, as two jobs at once may leave them, the plan takes
+    those of the oldest run's; the others stay for the partitions after it.
+    """
 
     def facts_of(unit: Unit) -> dict[str, Any] | None:
         try:
@@ -145,7 +149,8 @@ def _plan(
     damaged = [unit for unit, facts in read if facts is None]
     if damaged:
         return {}, damaged
-    named = {unit: found for unit, found in read if found is not None}
+    oldest = min((found for _, found in read if found), key=lambda found: found["run"])["fingerprint"]
+    named = {unit: found for unit, found in read if found and found["fingerprint"] == oldest}
     facts = dict(sorted(named.items(), key=lambda item: (item[1]["shard"]["path"], item[0])))  # the input's own order
     causes: Counter[str] = Counter()
     for found in facts.values():
@@ -198,7 +203,7 @@ def _finish(output: Storage, config: OutputConfig, partition: Partition) -> list
     corpus, quarantine = [], []
     try:
         for number, part in enumerate(plan["parts"]):
-            found = [unit for name in part["units"] if (unit := Unit.parse(name))]
+            found = [Unit.named(name) for name in part["units"]]
             name = f"part-{number:05d}.parquet"
             left_out = {unit: [(unit.start, unit.stop)] for unit in found}
             if part["has_ok"]:
@@ -309,8 +314,8 @@ def _read_unit(output: Storage, unit: Unit) -> pa.Table:
         file = Watched(raw)
         try:
             table = pq.read_table(pa.PythonFile(file, mode="r"), page_checksum_verification=True)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            if file.error is not None:
+        except Exception as error:
+            if file.error is not None or not is_damage(error):
                 raise
             raise _DamagedUnit(unit) from Damaged(first_line(error))
     if table["source"].combine_chunks().field("row").to_pylist() != list(range(unit.start, unit.stop)):

@@ -1,25 +1,32 @@
 """From row ranges of Parquet shards to units of checked prompts, streamed through Ray Data one row group at a time."""
 
+import base64
 import hashlib
 import json
+import threading
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from ray.data import Datasource
 from ray.data.block import Block, BlockMetadata
 from ray.data.datasource import ReadTask
 
 from actors.contract import MESSAGE, PROBLEM, PROMPT, pack
-from pipelines.corpus.parquet import Watched, first_line
+from pipelines.corpus.parquet import Watched, first_line, is_damage
 from pipelines.corpus.schema import SOURCE
 from pipelines.corpus.shards import Input, InputConfig, Shard, is_string, shard_record
-from pipelines.corpus.units import Unit
+from pipelines.corpus.units import Unit, cut
 
 UNITS_PER_READ = 64
 """Units of small row groups that share a read task: 100,000 tasks of one unit each would take Ray 100 s to make."""
+
+BATCH_ROWS = 256
+"""Rows that are decoded at once, at least: damage costs its batch and those after it."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Span:
     @property
     def first_row(self) -> int:
         """Row of the shard with which the row group begins."""
-        return sum(self.shard.row_groups[: self.row_group])
+        return self.shard.bounds[self.row_group]
 
     @property
     def num_rows(self) -> int:
@@ -86,10 +93,17 @@ def _tasks(spans: tuple[Span, ...]) -> Iterator[list[Span]]:
 
 
 def read_spans(source: Input, config: InputConfig, spans: list[Span]) -> Iterator[Block]:
-    """Packed units, labelled with `unit` (its name) and `shard` (its record as JSON)."""
+    """Packed units, labelled with `unit` (its name) and `shard` (its record as JSON).
+
+    Besides the columns of `read_checked` they have `input`: the whole row as JSON where it has a problem, null where it
+    is well or cannot be read. A row group with a problem in it is read once more for that, alongside, in all columns.
+    """
     for span in spans:
         shard = json.dumps(shard_record(span.shard))
+        whole = WholeRows(source, span.shard, span.row_group)
         for unit, table in read_checked(source, config, span):
+            bad = pc.indices_nonzero(pc.is_valid(table["problem"])).to_pylist()
+            table = table.append_column("input", pa.array(whole.as_json(unit, bad), pa.string()))
             yield pack(table, unit=unit.name, shard=shard)
 
 
@@ -111,11 +125,6 @@ class Unreadable:
     schema: pa.Schema
 
 
-def read_rows(source: Input, span: Span) -> Iterator[tuple[Unit, "pa.Table | Unreadable"]]:
-    """Every column of the span's units, or why they cannot be read: for the quarantine, which keeps whole rows."""
-    return _rows(source, None, span)
-
-
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
@@ -127,7 +136,9 @@ def _rows(source: Input, columns: list[str] | None, span: Span) -> Iterator[tupl
     largest = max(unit.num_rows for unit in waiting)
     position, held = span.first_row, pa.table({})
     try:
-        batches = parquet.iter_batches(batch_size=max(largest, 256), row_groups=[span.row_group], columns=columns)
+        batches = parquet.iter_batches(
+            batch_size=max(largest, BATCH_ROWS), row_groups=[span.row_group], columns=columns
+        )
         for batch in batches:
             arrived = pa.Table.from_batches([batch])
             held = arrived if held.num_rows == 0 else pa.concat_tables([held, arrived])
@@ -140,14 +151,98 @@ def _rows(source: Input, columns: list[str] | None, span: Span) -> Iterator[tupl
             if not waiting:
                 return
         raise OSError("the row group ends before the rows that the footer promises")
-    except (pa.ArrowException, OSError, ValueError) as error:
-        if file.error is not None:
+    except Exception as error:
+        if file.error is not None or not is_damage(error):
             raise
         message = first_line(error)
     finally:
         file.close()
     for unit in waiting:
         yield unit, Unreadable(message, parquet.schema_arrow)
+
+
+# --- whole rows -----------------------------------------------------------------------------------------------------
+
+
+class WholeRows:
+    """Every column of the rows of one row group, for the quarantine, which keeps whole rows.
+
+    Parquet leads to a row only past those before it. The row group is therefore read once, from its first row on, for
+    rows that are asked for in their order, or behind it by no more than `behind_bytes` of rows. For a row that lies
+    further back reading begins anew. Threads may share it; they take turns.
+    """
+
+    def __init__(self, source: Input, shard: Shard, row_group: int, behind_bytes: int = 0) -> None:
+        self._source, self._behind_bytes = source, behind_bytes
+        self._first, stop = shard.bounds[row_group : row_group + 2]
+        pieces = tuple(Unit(shard.key, *piece) for piece in cut(self._first, stop, BATCH_ROWS))
+        self._span = Span(shard, row_group, pieces)
+        self._lock = threading.Lock()
+        self._begin()
+
+    def as_json(self, unit: Unit, rows: list[int]) -> list[str | None]:
+        """For each row of the unit its JSON text, where it is one of `rows` (counted from the unit's first row); null
+        for the others, and where the row group cannot be read."""
+        texts: list[str | None] = [None] * unit.num_rows
+        with self._lock:
+            for row in rows:
+                number, at = divmod(unit.start + row - self._first, BATCH_ROWS)
+                piece = self._piece(number)
+                texts[row] = None if isinstance(piece, Unreadable) else row_as_json(piece.slice(at, 1))
+        return texts
+
+    def _begin(self) -> None:
+        self._pieces = (rows for _, rows in _rows(self._source, None, self._span))
+        self._held: deque[pa.Table | Unreadable] = deque()
+        self._num_bytes = self._num_read = 0
+
+    def _piece(self, number: int) -> "pa.Table | Unreadable":
+        if number < self._num_read - len(self._held):
+            self._begin()
+        while self._num_read <= number:
+            try:
+                piece = next(self._pieces)
+            except BaseException:  # an outage: a generator that has raised has ended, so the next call begins anew
+                self._begin()
+                raise
+            self._held.append(piece)
+            self._num_read += 1
+            self._num_bytes += _num_bytes(piece)
+            while len(self._held) > 1 and self._num_bytes > self._behind_bytes:
+                self._num_bytes -= _num_bytes(self._held.popleft())
+        return self._held[number - self._num_read]
+
+
+def _num_bytes(piece: "pa.Table | Unreadable") -> int:
+    return 0 if isinstance(piece, Unreadable) else int(piece.nbytes)
+
+
+def row_as_json(row: pa.Table) -> str:
+    """One row as JSON text. Bytes that are not UTF-8 become {"base64": …}; times and the like become strings."""
+    values: dict[str, Any] = {}
+    for number, (name, column) in enumerate(zip(row.column_names, row.columns, strict=True)):
+        values[name if name not in values else f"{name}#{number}"] = _value(column.cast(bytes_type(column.type)))
+    return json.dumps(_plain(values), ensure_ascii=False, default=str)
+
+
+def _value(column: pa.ChunkedArray) -> Any:
+    try:
+        return column[0].as_py()
+    except (OverflowError, ValueError):  # a time that Python cannot hold
+        return column.combine_chunks().to_string(skip_new_lines=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return {"base64": base64.b64encode(value).decode()}
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
 
 
 # --- checking -------------------------------------------------------------------------------------------------------

@@ -1,11 +1,15 @@
 """Run records and their fingerprints: what made the rows, and refusing to mix two makings without being told to."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from actors.contract import ConfigError
+from pipelines.corpus.commit import unit_facts
+from pipelines.corpus.parquet import Damaged
+from pipelines.corpus.state import State
 from pipelines.corpus.storage import Storage
 
 ABSENT = "(not there)"
@@ -19,16 +23,35 @@ def digest(fingerprint: Mapping[str, Any]) -> str:
 
 def latest_run(output: Storage) -> dict[str, Any] | None:
     """The last run record; None before the first run."""
-    numbers = [int(name[:6]) for name in output.sizes("runs") if name.endswith(".json")]
-    if not numbers:
-        return None
-    record: dict[str, Any] = json.loads(output.read(f"runs/{max(numbers):06d}.json"))
+    number = _last_number(output)
+    return _read_run(output, number) if number else None
+
+
+def making_run(output: Storage, state: State) -> dict[str, Any] | None:
+    """The record of the run that made the newest rows there are, committed ones before published; None without any.
+
+    It is not always the last: one may have ended before its first commit.
+    """
+    for unit in state.committed:
+        with contextlib.suppress(Damaged, FileNotFoundError):  # found out, or published by another, at publishing
+            return _read_run(output, unit_facts(output, unit, state.sizes[unit])["run"])
+    if state.partitions:
+        return _read_run(output, max(state.partitions[-1].plan["runs"]))
+    return None
+
+
+def _read_run(output: Storage, number: int) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(output.read(f"runs/{number:06d}.json"))
     return record
+
+
+def _last_number(output: Storage) -> int:
+    return max((int(name[:6]) for name in output.sizes("runs") if name.endswith(".json")), default=0)
 
 
 def create_run(output: Storage, record: dict[str, Any]) -> int:
     """Write the next run record, exclusively. Returns its number."""
-    number = (latest_run(output) or {"number": 0})["number"] + 1
+    number = _last_number(output) + 1
     while not output.create(f"runs/{number:06d}.json", json.dumps({"number": number, **record}, indent=1).encode()):
         number += 1
     return int(number)
@@ -51,6 +74,20 @@ def latest_pace(output: Storage) -> dict[str, Any] | None:
         return None
     pace: dict[str, Any] = json.loads(output.read(f"runs/{max(names)}"))
     return pace
+
+
+def check_input_root(before: str, now: str, *, has_rows: bool, accept_changes: bool) -> None:
+    """Raise ConfigError where shards are named below another folder than in the last run: all would look new.
+
+    Data that was moved as it is keeps its paths below the root, and its versions where the store keeps ETags or
+    modification times: `run.accept_changes=true` goes on with it.
+    """
+    if before != now and has_rows and not accept_changes:
+        raise ConfigError(
+            f"input.path is rooted at {now} and was at {before} in the last run: shards are known by their path below "
+            f"that, so rows that are done would be made again. Spell input.path so that it is rooted where it was, "
+            f"take another output.root, or, where the data itself has moved, run.accept_changes=true"
+        )
 
 
 def check_fingerprint(

@@ -2,18 +2,24 @@
 
 import hashlib
 import os
+import re
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from actors.contract import ConfigError, option
 from pipelines.corpus import schema
 from pipelines.corpus.parquet import Damaged, read_footer
-from pipelines.corpus.storage import concurrently
+from pipelines.corpus.storage import Storage, concurrently
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,16 @@ class Shard:
 
     @property
     def num_rows(self) -> int:
-        return sum(self.row_groups)
+        return self.bounds[-1]
+
+    @cached_property
+    def bounds(self) -> tuple[int, ...]:
+        """The row with which each row group begins, and the end of the last one."""
+        return tuple(accumulate(self.row_groups, initial=0))
+
+    def row_group_of(self, row: int) -> int:
+        """The row group that holds a row of the shard."""
+        return bisect_right(self.bounds, row) - 1
 
 
 @dataclass(frozen=True)
@@ -99,10 +114,20 @@ class Input:
             raise ConfigError(f"input.path {url!r} cannot be opened: {error}") from error
         self._pattern = path.rstrip("/") if len(path) > 1 else path
         self._is_folder = not _is_glob(self._pattern) and self.fs.isdir(self._pattern)
+        self._is_searched = self._is_folder or _is_glob(self._pattern)
         self.root = self._pattern if self._is_folder else _literal_folder(self._pattern)
 
+    @property
+    def root_url(self) -> str:
+        """The folder that shards are named below, with its protocol."""
+        url: str = self.fs.unstrip_protocol(self.root)
+        return url
+
     def listing(self) -> list[Listed]:
-        """Every Parquet shard, in path order. Raises ConfigError where there is none."""
+        """Every Parquet shard, in path order. Raises ConfigError where there is none.
+
+        A search below a folder or by a glob passes over hidden files (`_x`, `.x`); one that is named is taken.
+        """
         self.fs.invalidate_cache()
         if _is_glob(self._pattern):
             found = self.fs.glob(self._pattern, detail=True)
@@ -116,11 +141,32 @@ class Input:
         shards = [
             Listed(path[len(self.root) :].lstrip("/"), int(info["size"]), _tag(info))
             for path, info in found.items()
-            if info["type"] == "file" and not _is_hidden(path[len(self.root) :])
+            if info["type"] == "file" and not (self._is_searched and _is_hidden(path[len(self.root) :]))
         ]
         if not shards:
             raise ConfigError(f"input.path {self.url!r} holds no Parquet file")
         return sorted(shards, key=lambda shard: shard.path)
+
+    def refuse_own_output(self, output: Storage) -> None:
+        """Raise ConfigError where the search for shards would find what is written to `output`: it would align that."""
+        if type(self.fs) is not type(output.fs):
+            return
+        root = os.path.realpath(output.root) if output.is_local else output.root
+        for path in ("units/x.parquet", "corpus/run=000001/part-00000.parquet", "quarantine/run=000001/part-0.parquet"):
+            if self._would_find(f"{root}/{path}"):
+                raise ConfigError(
+                    f"output.root {output.url!r} lies where input.path {self.url!r} is searched: the next run would "
+                    f"align the corpus itself. Take an output.root outside, or one whose name begins with _ or ."
+                )
+
+    def _would_find(self, path: str) -> bool:
+        """Whether a Parquet file at the file system's own path would be listed."""
+        root = os.path.realpath(self.root) if isinstance(self.fs, LocalFileSystem) else self.root
+        below = path.removeprefix(root.rstrip("/") + "/")
+        if below == path or _is_hidden(below) or not self._is_searched:
+            return False
+        pattern = self._pattern[len(self.root) :].lstrip("/")
+        return self._is_folder or re.fullmatch(glob_translate(pattern), below) is not None
 
     def open(self, shard: Listed) -> Any:
         """The shard's bytes as a seekable binary file, unbuffered: Parquet reads whole column chunks.

@@ -27,8 +27,8 @@ class Partition:
 
     @property
     def units(self) -> list[Unit]:
-        """The units of the plan, in its order."""
-        return [parsed for part in self.plan["parts"] for name in part["units"] if (parsed := Unit.parse(name))]
+        """The units of the plan, in its order. Raises ValueError for a name that is none."""
+        return [Unit.named(name) for part in self.plan["parts"] for name in part["units"]]
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,15 @@ def read_state(output: Storage) -> State:
 
 
 def _read_state(output: Storage) -> State:
-    """Units first, partitions second: a unit that is published in between is then seen twice, never not at all."""
+    """Units first, partitions second: a unit that is published in between is then seen twice, never not at all.
+
+    A file in `units/` whose name is no unit's is a person's own and is left alone; in a plan such a name is an error.
+    """
     sizes = {unit: size for name, size in output.sizes("units").items() if (unit := Unit.parse(name))}
     partitions = _partitions(output)
-    finished: Coverage = {}
-    for partition in partitions:
-        if partition.manifest:
-            finished = units.add(finished, _manifest_units(partition.manifest))
+    finished = [unit for each in partitions if each.manifest for unit in _manifest_units(each.manifest)]
     planned = [unit for partition in partitions if partition.manifest is None for unit in partition.units]
-    published = units.add(finished, planned)
+    published = units.add({}, [*finished, *planned])
     counting = units.cover(sizes, published)
     keep = {*counting, *planned}
     return State(

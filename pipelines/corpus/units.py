@@ -48,6 +48,14 @@ class Unit:
         shard, start, stop, retry = match.groups()
         return cls(shard, int(start), int(stop), int(retry or 0))
 
+    @classmethod
+    def named(cls, name: str) -> "Unit":
+        """The unit of a name that must be one, in a plan or a part: there a foreign name would be rows left out."""
+        unit = cls.parse(name)
+        if unit is None:
+            raise ValueError(f"{name!r} is not a unit name")
+        return unit
+
 
 Coverage = dict[tuple[str, int], Ranges]
 """(shard key, retry) -> the rows that are done."""

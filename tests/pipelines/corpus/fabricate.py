@@ -149,13 +149,16 @@ def commit_unit(
     quarantined: Iterable[int] = (),
     version: str = "v1",
     cause: str = "engine_crash",
+    *,
+    run: int = 1,
+    fingerprint: str = "f" * 16,
 ) -> bool:
     """Commit a made-up unit as `Committer` would."""
     table = unit_table(shard, unit, quarantined, version, cause)
     causes = Counter(problem["cause"] for problem in table["problem"].to_pylist() if problem)
     facts = {
         "unit": unit.name, "shard": shard_record(shard), "num_rows": unit.num_rows, "causes": dict(causes),
-        "num_quarantined": sum(causes.values()), "run": 1, "fingerprint": "f" * 16, "nonce": f"{version}",
+        "num_quarantined": sum(causes.values()), "run": run, "fingerprint": fingerprint, "nonce": f"{version}",
     }  # fmt: skip
     return write_unit(output, unit, table, facts)
 

@@ -11,11 +11,11 @@ import pytest
 
 from actors.contract import pack, unpack
 from pipelines.corpus import schema
-from pipelines.corpus.commit import METADATA_KEY, Committer, row_as_json, unit_facts
+from pipelines.corpus.commit import METADATA_KEY, Committer, unit_facts
 from pipelines.corpus.parquet import Damaged
 from pipelines.corpus.publish import OutputConfig, publish
-from pipelines.corpus.read import read_spans
-from pipelines.corpus.shards import Input, InputConfig
+from pipelines.corpus.read import read_spans, row_as_json
+from pipelines.corpus.shards import Input, InputConfig, Listed
 from pipelines.corpus.storage import Storage
 from pipelines.corpus.units import Unit
 from tests.pipelines.corpus.fabricate import (
@@ -114,6 +114,61 @@ def test_kept_columns_come_out_of_the_corpus_with_the_inputs_type(source: Input,
     table = read_rows_of(local_output, manifests_of(local_output)[0]["corpus"][0]["path"])
     assert table["topic"].to_pylist() == ["x", None]
     assert pa.types.is_dictionary(table.schema.field("topic").type)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards opened from now on, one entry for each time."""
+    found: list[str] = []
+    whole = Input.open
+
+    def counting(self: Input, shard: Listed) -> Any:
+        found.append(shard.path)
+        return whole(self, shard)
+
+    monkeypatch.setattr(Input, "open", counting)
+    return found
+
+
+BIG = 4000
+BAD = range(5, BIG, 40)
+
+
+def _committed_inputs(output: Storage) -> dict[int, Any]:
+    """Row -> input, of every row that has one."""
+    tables = [read_rows_of(output, f"units/{name}") for name in output.sizes("units")]
+    rows = [row for table in tables for row in table.select(["source", "input"]).to_pylist()]
+    return {row["source"]["row"]: json.loads(row["input"]) for row in rows if row["input"]}
+
+
+def test_a_big_row_group_is_read_once_more_however_many_of_its_prompts_are_bad(
+    tmp_path: Path, local_output: Storage, opened: list[str]
+) -> None:
+    prompts = ["" if row in BAD else f"prompt {row}" for row in range(BIG)]
+    write_shard(tmp_path / "in" / "a.parquet", pa.table({"prompt": prompts, "extra": list(range(BIG))}))
+    source, config = Input(str(tmp_path / "in")), InputConfig(path="in")
+    run_plan(plan_of(source, config, local_output, unit_rows=100), source, config, local_output)
+    assert len(opened) == 2
+    assert _committed_inputs(local_output) == {row: {"prompt": "", "extra": row} for row in BAD}
+
+
+@pytest.mark.parametrize("behind", [0, 3], ids=["in order", "out of order"])
+def test_rows_that_stages_after_reading_fail_share_one_more_reading_of_their_row_group(
+    tmp_path: Path, local_output: Storage, opened: list[str], behind: int
+) -> None:
+    table = pa.table({"prompt": [f"prompt {row}." for row in range(BIG)], "extra": list(range(BIG))})
+    write_shard(tmp_path / "in" / "a.parquet", table)
+    source, config = Input(str(tmp_path / "in")), InputConfig(path="in")
+    spans = list(plan_of(source, config, local_output, unit_rows=100).spans)
+    bad = {f"prompt {row}." for row in BAD}
+    packed = [
+        answer(unit, fails=lambda p: "too_long" if p in bad else None) for unit in read_spans(source, config, spans)
+    ]
+    commit = Committer(local_output, source, (), run=1, fingerprint="abc")
+    for number in sorted(range(len(packed)), key=lambda number: number - number % 5 * behind):
+        commit(packed[number])
+    assert len(opened) == 2
+    assert _committed_inputs(local_output) == {row: {"prompt": f"prompt {row}.", "extra": row} for row in BAD}
 
 
 def test_rows_of_an_unreadable_row_group_are_committed_as_quarantined_without_their_input(

@@ -8,12 +8,18 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from actors.aligner import AlignerConfig
 from actors.contract import ConfigError
+from actors.policy import PolicyConfig
+from pipelines import align_corpus
+from pipelines.corpus.plan import Plan
 from pipelines.corpus.publish import OutputConfig, publish
+from pipelines.corpus.runs import create_run
 from pipelines.corpus.shards import Input, InputConfig
 from pipelines.corpus.state import read_state
 from pipelines.corpus.storage import Storage
 from pipelines.corpus.units import Unit
+from pipelines.settings import AlignCorpusConfig, RunConfig, run_record
 from tests.pipelines.corpus.fabricate import (
     check_exactly_once,
     check_published,
@@ -250,3 +256,62 @@ def test_retrying_rows_of_a_shard_that_is_gone_is_an_error(
     (tmp_path / "in" / "b.parquet").unlink()
     with pytest.raises(ConfigError, match="retry_quarantined"):
         retry(source, local_output)
+
+
+# --- the same input under another root ------------------------------------------------------------------------------
+
+
+def _job(path: Path, output: Storage, **run: Any) -> tuple[AlignCorpusConfig, Input, Plan]:
+    config = AlignCorpusConfig(
+        input=InputConfig(path=str(path)),
+        policy=PolicyConfig(model="p", engine="stored"),
+        aligner=AlignerConfig(model="a", engine="stored"),
+        run=RunConfig(**run),
+    )
+    source = Input(config.input.path)
+    return config, source, align_corpus.planned(config, source, output, None)
+
+
+def _run_job(path: Path, output: Storage, *, publishes: bool = True, **run: Any) -> int:
+    config, source, plan = _job(path, output, **run)
+    create_run(output, run_record(config, source, plan))
+    run_plan(plan, source, config.input, output)
+    if publishes:
+        publish(output, OUT)
+    return plan.num_rows
+
+
+@pytest.mark.parametrize("publishes", [False, True], ids=["committed", "published"])
+def test_the_same_shards_under_another_root_are_refused_instead_of_being_made_again(
+    local_output: Storage, tmp_path: Path, publishes: bool
+) -> None:
+    write_shard(tmp_path / "in" / "2026" / "a.parquet", 3)
+    assert _run_job(tmp_path / "in" / "2026", local_output, publishes=publishes) == 3
+    roots = rf"rooted at file://{tmp_path}/in and was at file://{tmp_path}/in/2026 in the last run: .* output\.root"
+    with pytest.raises(ConfigError, match=roots) as refusal:
+        _job(tmp_path / "in", local_output)
+    assert "\n" not in str(refusal.value)
+    for same in ("in/2026/a.parquet", "in/2026/*.parquet", "in/2026/"):
+        assert _job(tmp_path / same, local_output)[2].num_rows == 0
+
+
+def test_data_that_was_moved_as_it_is_goes_on_when_that_is_accepted(local_output: Storage, tmp_path: Path) -> None:
+    write_shard(tmp_path / "in" / "a.parquet", 3)
+    _run_job(tmp_path / "in", local_output)
+    (tmp_path / "in").rename(tmp_path / "moved")
+    write_shard(tmp_path / "moved" / "b.parquet", 2)
+    with pytest.raises(ConfigError, match=r"run\.accept_changes=true"):
+        _job(tmp_path / "moved", local_output)
+    assert _run_job(tmp_path / "moved", local_output, accept_changes=True) == 2
+    assert _job(tmp_path / "moved", local_output)[2].num_rows == 0  # the root is that of the last run
+    check_exactly_once(
+        local_output, [("a.parquet", row) for row in range(3)] + [("b.parquet", row) for row in range(2)]
+    )
+
+
+def test_a_root_without_rows_may_be_given_another_input(local_output: Storage, tmp_path: Path) -> None:
+    write_shard(tmp_path / "in" / "a.parquet", 3)
+    write_shard(tmp_path / "else" / "a.parquet", 2)
+    config, source, plan = _job(tmp_path / "in", local_output)
+    create_run(local_output, run_record(config, source, plan))  # and died before its first commit
+    assert _job(tmp_path / "else", local_output)[2].num_rows == 2

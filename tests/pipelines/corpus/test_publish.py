@@ -17,7 +17,7 @@ import pytest
 
 from pipelines.corpus import schema
 from pipelines.corpus.card import write_card
-from pipelines.corpus.commit import write_unit
+from pipelines.corpus.commit import unit_facts, write_unit
 from pipelines.corpus.publish import OutputConfig, Published, publish
 from pipelines.corpus.shards import BadShard
 from pipelines.corpus.state import read_state
@@ -159,6 +159,20 @@ def test_units_are_kept_on_demand_and_never_published_again(output: Storage) -> 
     assert publish(output, config) == Published((), (), None)
     check_exactly_once(output, rows_of(SHARD), num_units_left=len(units))
     assert all_files(output) == before
+
+
+def test_units_of_two_makings_become_a_partition_each_the_oldest_runs_first(output: Storage) -> None:
+    for start, run, fingerprint in ((0, 3, "b"), (4, 2, "a"), (8, 3, "b")):
+        unit = Unit(SHARD.key, start, start + 4)
+        commit_unit(output, SHARD, unit, [start] if start == 8 else [], run=run, fingerprint=fingerprint)
+    commit_unit(output, OTHER, Unit(OTHER.key, 0, 4), run=4, fingerprint="a")  # back to the old values
+
+    assert publish(output, CONFIG) == Published((1, 2), (), None)
+
+    told = [(found["fingerprints"], found["runs"], found["num_rows"]) for found in manifests_of(output)]
+    assert told == [(["a"], [2, 4], 8), (["b"], [3], 8)]
+    assert [len(found["finished_shards"]) for found in manifests_of(output)] == [1, 1]
+    check_exactly_once(output, rows_of(SHARD, OTHER))
 
 
 def test_a_second_partition_leaves_the_first_as_it_was_byte_for_byte(output: Storage) -> None:
@@ -588,12 +602,44 @@ def test_a_store_error_while_units_are_read_is_not_damage(
     check_exactly_once(local_output, rows_of(SHARD))
 
 
+@pytest.mark.parametrize(
+    "error", [pa.ArrowMemoryError("malloc of size 64 failed"), pa.ArrowCancelled("Ctrl-C"), MemoryError()], ids=repr
+)
+def test_a_full_memory_or_a_cancelled_read_is_not_damage_and_deletes_no_unit(
+    local_output: Storage, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    units = commit_units(local_output, SHARD)
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("pyarrow.parquet.read_table", fail)
+    with pytest.raises(type(error)):
+        publish(local_output, CONFIG)
+    assert len(local_output.sizes("units")) == len(units)
+    monkeypatch.undo()
+    monkeypatch.setattr("pyarrow.parquet.read_metadata", fail)  # with which planning reads a footer
+    with pytest.raises(type(error)):
+        unit_facts(local_output, units[0], local_output.sizes("units")[f"{units[0].name}.parquet"])
+
+
 def test_a_foreign_file_among_the_units_is_left_alone(local_output: Storage) -> None:
     commit_units(local_output, OTHER)
     local_output.create("units/notes.txt", b"mine")
     publish(local_output, CONFIG)
     check_exactly_once(local_output, rows_of(OTHER), num_units_left=1)
     assert local_output.read("units/notes.txt") == b"mine"
+
+
+def test_a_plan_that_names_what_is_no_unit_is_never_finished_without_it(local_output: Storage) -> None:
+    (unit,) = commit_units(local_output, OTHER)
+    with pytest.raises(Killed):
+        publish(Stepped(local_output, at(1, kill)), CONFIG)  # plan.json is there
+    path = "corpus/run=000001/plan.json"
+    local_output.put(path, local_output.read(path).replace(unit.name.encode(), b"another version's name"))
+    with pytest.raises(ValueError, match="is not a unit name"):
+        publish(local_output, CONFIG)
+    assert not local_output.exists("corpus/run=000001/_SUCCESS")
 
 
 # --- reading it -----------------------------------------------------------------------------------------------------

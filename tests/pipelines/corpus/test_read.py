@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from actors.contract import PROBLEM, PROMPT, ConfigError, label, unpack
 from pipelines.corpus import schema
-from pipelines.corpus.read import Span, UnitSource, Unreadable, prompt_hash, read_checked, read_rows, read_spans
+from pipelines.corpus.read import Span, UnitSource, WholeRows, prompt_hash, read_checked, read_spans
 from pipelines.corpus.shards import Input, InputConfig, Shard
 from pipelines.corpus.units import Unit
 from tests.pipelines.corpus.fabricate import only_shard, whole_groups, write_shard
@@ -391,9 +391,7 @@ def test_reading_whole_rows_of_a_damaged_row_group_says_so_too(tmp_path: Path) -
     source = Input(str(tmp_path))
     shard = only_shard(source, CONFIG)
     _damage(path, 0.0, b"\xff" * 100)
-    ((_, rows),) = read_rows(source, Span(shard, 0, (Unit(shard.key, 0, 10),)))
-    assert isinstance(rows, Unreadable)
-    assert rows.schema.names == ["prompt"]
+    assert WholeRows(source, shard, 0).as_json(Unit(shard.key, 0, 10), [3]) == [None] * 10
 
 
 # --- outages --------------------------------------------------------------------------------------------------------
@@ -439,6 +437,24 @@ def test_an_outage_in_the_middle_of_a_read_propagates_and_quarantines_nothing(
         assert rows == [None] * (NUM_ROWS // 2)
         break
     assert num_failures == reads >= 2  # at the footer's read, and at the pages'
+
+
+@pytest.mark.parametrize(
+    "error", [pa.ArrowMemoryError("malloc of size 64 failed"), pa.ArrowCancelled("Ctrl-C"), MemoryError()], ids=repr
+)
+def test_a_full_memory_or_a_cancelled_read_propagates_and_quarantines_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    _paged_shard(tmp_path / "a.parquet")
+    source = Input(str(tmp_path))
+    span = _units(only_shard(source, CONFIG))[0]
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", fail)
+    with pytest.raises(type(error)):
+        list(read_checked(source, CONFIG, span))
 
 
 def test_a_shard_that_was_replaced_after_planning_is_not_read_as_what_it_was(tmp_path: Path) -> None:
@@ -487,6 +503,33 @@ def test_any_pattern_of_pending_units_reads_exactly_its_rows(
         rows = list(range(unit.start, unit.stop))
         assert [chat[0]["content"] for chat in table["prompt"].to_pylist()] == [str(row) for row in rows]
         assert [where["row"] for where in table["source"].to_pylist()] == rows
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.integers(0, 599), min_size=1, max_size=8), behind=st.sampled_from([0, 3000, 1 << 20]))
+def test_whole_rows_asked_for_in_any_order_are_those_rows(
+    gap_shard: tuple[Input, Shard], rows: list[int], behind: int
+) -> None:
+    source, shard = gap_shard
+    whole = WholeRows(source, shard, 2, behind)
+    first = sum(GROUPS[:2])
+    for row in rows:
+        (found,) = whole.as_json(Unit(shard.key, first + row, first + row + 1), [0])
+        assert found is not None
+        assert json.loads(found) == {"prompt": str(first + row)}
+
+
+def test_whole_rows_are_read_anew_after_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _paged_shard(tmp_path / "a.parquet")
+    source = Input(str(tmp_path))
+    shard = only_shard(source, CONFIG)
+    whole, opened = WholeRows(source, shard, 0), source.open
+    error = ConnectionError("reset by peer")
+    monkeypatch.setattr(source, "open", lambda path: _FailingFile(opened(path), 1, error))
+    with pytest.raises(ConnectionError):
+        whole.as_json(Unit(shard.key, 0, 1000), [999])
+    monkeypatch.undo()
+    assert (whole.as_json(Unit(shard.key, 0, 1000), [999])[999] or "").startswith('{"prompt": "prompt 999 ')
 
 
 def test_units_travel_one_a_row_with_their_name_and_shard_and_unpack_to_their_rows(tmp_path: Path) -> None:

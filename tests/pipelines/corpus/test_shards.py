@@ -15,7 +15,7 @@ from actors.contract import ConfigError
 from pipelines.corpus import schema
 from pipelines.corpus.shards import BadShard, Input, InputConfig, shard_of, shard_record
 from pipelines.corpus.storage import Storage
-from tests.pipelines.corpus.fabricate import only_shard, write_shard
+from tests.pipelines.corpus.fabricate import fake_shard, only_shard, plan_of, write_shard
 
 CONFIG = InputConfig(path="in")
 
@@ -74,6 +74,12 @@ def test_hidden_files_folders_and_other_kinds_of_file_are_no_shards(tmp_path: Pa
     assert _paths(tmp_path / "*.parquet") == ["a.parquet"]
 
 
+def test_a_file_that_is_named_is_a_shard_even_where_a_search_would_pass_over_it(tmp_path: Path) -> None:
+    for name in ("_a.parquet", ".a.parquet"):
+        write_shard(tmp_path / name, 1)
+        assert _paths(tmp_path / name) == [name]
+
+
 def test_a_hidden_folder_above_the_root_hides_nothing(tmp_path: Path) -> None:
     write_shard(tmp_path / ".cache" / "_in" / "a.parquet", 1)
     assert _paths(tmp_path / ".cache" / "_in") == ["a.parquet"]
@@ -108,6 +114,63 @@ def test_the_order_of_the_stores_listing_does_not_matter(tmp_path: Path, monkeyp
     assert [shard.path for shard in expected] == sorted(shard.path for shard in expected)
 
 
+@pytest.mark.parametrize(
+    ("input_path", "root"),
+    [
+        ("d", "d/aligned"),
+        ("d/", "d"),
+        ("d/**/*.parquet", "d/aligned"),
+        ("d/*/*/*.parquet", "d/aligned"),
+        ("d/[a-c]*/**", "d/aligned/v2"),
+        ("d/aligned/corpus", "d/aligned"),
+        ("link", "d/aligned"),
+        ("d", "link/aligned"),
+    ],
+)
+def test_an_output_that_the_search_for_shards_would_find_is_refused_before_it_is_there(
+    tmp_path: Path, input_path: str, root: str
+) -> None:
+    write_shard(tmp_path / "d" / "a.parquet", 1)
+    write_shard(tmp_path / "d" / "aligned" / "corpus" / "a.parquet", 1)
+    (tmp_path / "link").symlink_to(tmp_path / "d")
+    source, output = Input(str(tmp_path / input_path)), Storage(str(tmp_path / root))
+    with pytest.raises(ConfigError, match=r"lies where input\.path .* is searched") as refusal:
+        plan_of(source, CONFIG, output)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("input_path", "root"),
+    [
+        ("d", "aligned"),
+        ("d", "d-aligned"),
+        ("d/a.parquet", "d"),
+        ("d/*", "d/aligned"),
+        ("d/*.parquet", "d/aligned"),
+        ("d", "d/_aligned"),
+        ("d", "d/.old/aligned"),
+        ("d/aligned/corpus", "d/aligned/v2"),
+    ],
+)
+def test_an_output_beside_the_input_or_hidden_in_it_is_not_refused(tmp_path: Path, input_path: str, root: str) -> None:
+    write_shard(tmp_path / "d" / "a.parquet", 1)
+    write_shard(tmp_path / "d" / "aligned" / "corpus" / "a.parquet", 1)
+    assert plan_of(Input(str(tmp_path / input_path)), CONFIG, Storage(str(tmp_path / root))).num_rows >= 1
+
+
+def test_an_output_in_the_input_is_refused_on_s3_and_one_on_another_store_is_not(
+    s3_output: Storage, tmp_path: Path
+) -> None:
+    path = write_shard(tmp_path / "a.parquet", 1)
+    s3_output.put("in/a.parquet", path.read_bytes())
+    options = {"endpoint_url": s3_output.fs.endpoint_url}
+    source = Input(f"{s3_output.url}/in", options)
+    with pytest.raises(ConfigError, match="is searched"):
+        source.refuse_own_output(Storage(f"{s3_output.url}/in/aligned", options))
+    source.refuse_own_output(Storage(f"{s3_output.url}/in-aligned", options))
+    source.refuse_own_output(Storage(f"/{source.root}/aligned"))
+
+
 # --- versions -------------------------------------------------------------------------------------------------------
 
 
@@ -136,6 +199,12 @@ def test_a_shard_record_gives_back_the_shard(tmp_path: Path) -> None:
     shard = only_shard(Input(str(tmp_path)), CONFIG)
     assert shard.row_groups == (4, 4, 2)
     assert shard_of(shard_record(shard)) == shard
+
+
+def test_a_row_is_found_in_the_row_group_that_holds_it_and_never_in_an_empty_one() -> None:
+    shard = fake_shard(row_groups=(0, 3, 0, 2, 1, 0))
+    assert [shard.row_group_of(row) for row in range(6)] == [1, 1, 1, 3, 3, 4]
+    assert (shard.bounds, shard.num_rows) == ((0, 0, 3, 3, 5, 6, 6), 6)
 
 
 def test_an_input_travels_between_processes(tmp_path: Path) -> None:

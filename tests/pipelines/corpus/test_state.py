@@ -1,11 +1,13 @@
 """The state of an output root, read while others change it, and the records of its runs."""
 
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from actors.contract import ConfigError
+from pipelines.corpus import units
 from pipelines.corpus.publish import OutputConfig, publish
 from pipelines.corpus.runs import check_fingerprint, create_run, digest, latest_run
 from pipelines.corpus.state import partition_folder, read_state
@@ -25,23 +27,23 @@ def test_an_empty_root_has_nothing(output: Storage) -> None:
 
 
 def test_committed_planned_published_lost_and_stale_units_are_told_apart(output: Storage) -> None:
-    units = commit_units(output, SHARD)
-    assert read_state(output).committed == tuple(units)
+    made = commit_units(output, SHARD)
+    assert read_state(output).committed == tuple(made)
 
     with pytest.raises(Killed):
         publish(Stepped(output, at(1, kill)), CONFIG)  # plan.json is there
     late = Unit(SHARD.key, 2, 6)
     commit_unit(output, SHARD, late)
-    output.delete([units[0].path])
+    output.delete([made[0].path])
     state = read_state(output)
     assert state.committed == ()
     assert state.published == state.done == {(SHARD.key, 0): [(0, 12)]}
-    assert state.lost == (units[0],)
+    assert state.lost == (made[0],)
     assert state.stale == (late,)
     assert [partition.number for partition in state.unfinished] == [1]
     assert state.finished_shards == {}
 
-    commit_unit(output, SHARD, units[0])
+    commit_unit(output, SHARD, made[0])
     publish(output, CONFIG)
     state = read_state(output)
     assert (state.committed, state.lost, state.stale, state.unfinished) == ((), (), (), ())
@@ -82,6 +84,26 @@ def test_a_partition_folder_without_a_plan_is_no_partition(local_output: Storage
     local_output.create(f"{partition_folder(1)}/.scratch-left-by-a-dead-writer", b"")
     assert read_state(local_output).partitions == ()
     assert publish(local_output, CONFIG).partitions == (1,)
+
+
+def test_each_published_row_range_is_merged_once_however_many_partitions_there_are(
+    local_output: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(6):
+        commit_units(local_output, fake_shard(f"{number}.parquet", (4,)))
+        publish(local_output, CONFIG)
+    num_merged = 0
+    merged = units.merged
+
+    def counting(ranges: Iterable[tuple[int, int]]) -> units.Ranges:
+        nonlocal num_merged
+        held = list(ranges)
+        num_merged += len(held)
+        return merged(held)
+
+    monkeypatch.setattr(units, "merged", counting)
+    assert len(read_state(local_output).published) == 6
+    assert num_merged == 6
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------

@@ -232,6 +232,35 @@ def test_a_put_whose_answer_is_lost_while_anothers_object_is_there_is_anothers(
     assert s3_output.read("units/a") == b"another's"
 
 
+def test_anothers_object_of_another_size_is_not_read_to_tell_that_it_is_not_ours(
+    s3_output: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3_output.create("units/a", b"first")
+
+    def unread(*args: Any, **kwargs: Any) -> bytes:
+        raise AssertionError("the object was read")
+
+    for name in ("cat_file", "open"):
+        monkeypatch.setattr(s3_output.fs, name, unread)
+    assert not s3_output.create("units/a", b"second")
+
+
+@pytest.mark.parametrize("at", [0, 9 * KB * KB - 1])
+def test_objects_of_one_size_are_compared_to_their_last_byte_a_few_mib_at_once(
+    s3_output: Storage, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    ours = bytes(9 * KB * KB)
+    s3_output.create("units/ours", ours)
+    s3_output.create("units/anothers", ours[:at] + b"x" + ours[at + 1 :])
+
+    def whole(*args: Any, **kwargs: Any) -> bytes:
+        raise AssertionError("the object was read at once")
+
+    monkeypatch.setattr(s3_output.fs, "cat_file", whole)
+    assert s3_output.create("units/ours", ours)
+    assert not s3_output.create("units/anothers", ours)
+
+
 def test_a_put_that_stored_nothing_raises_its_own_error(s3_output: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     _break_puts(s3_output, monkeypatch, store=None)
     with pytest.raises(_LostAnswer, match="connection reset"):

@@ -47,6 +47,8 @@ def test_names_sort_like_shards_and_rows(found: list[Unit]) -> None:
 )
 def test_other_file_names_are_no_units(name: str) -> None:
     assert Unit.parse(name) is None
+    with pytest.raises(ValueError, match="is not a unit name"):
+        Unit.named(name)
 
 
 # --- ranges ---------------------------------------------------------------------------------------------------------
