@@ -7,12 +7,14 @@ import pytest
 from actors.aligner import AlignerConfig
 from actors.contract import ConfigError
 from actors.policy import PolicyConfig
-from pipelines.corpus.publish import OutputConfig
-from pipelines.corpus.runs import check_fingerprint, create_run, digest, latest_run
+from pipelines.corpus.publish import OutputConfig, publish
+from pipelines.corpus.runs import check_fingerprint, create_run, digest, latest_run, making_run
 from pipelines.corpus.shards import InputConfig
+from pipelines.corpus.state import read_state
 from pipelines.corpus.storage import Storage
 from pipelines.reference import reference_yaml
 from pipelines.settings import AlignCorpusConfig, RunConfig, SiteConfig, fingerprint
+from tests.pipelines.corpus.fabricate import commit_units, fake_shard
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -101,3 +103,14 @@ def test_stored_answers_need_a_column() -> None:
 def test_secrets_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"site.storage_options.{name}: secrets do not go into a config"):
         SiteConfig(storage_options={name: "hunter2"})
+
+
+def test_a_run_that_made_nothing_is_not_what_the_rows_were_made_by(tmp_path: Path) -> None:
+    output = Storage(str(tmp_path / "out"))
+    assert making_run(output, read_state(output)) is None
+    create_run(output, {"fingerprint": {"policy.model": "a"}})
+    create_run(output, {"fingerprint": {"policy.model": "ended before its first commit"}})
+    commit_units(output, fake_shard())
+    assert making_run(output, read_state(output)) == {"number": 1, "fingerprint": {"policy.model": "a"}}
+    publish(output, OutputConfig(root=output.url))
+    assert making_run(output, read_state(output)) == {"number": 1, "fingerprint": {"policy.model": "a"}}
