@@ -191,6 +191,12 @@ async def _answer(pipe: Connection, engine: Engine) -> None:
     closing = loop.create_future()
     failed: list[BaseException] = []
 
+    def send(*message: Any) -> None:
+        try:
+            pipe.send(message)
+        except OSError:
+            os._exit(0)  # the actor is gone: nothing that is still being made has a reader
+
     async def generate(number: int, request: Request) -> None:
         try:
             result: Completion | BaseException = await engine.generate(request)
@@ -204,8 +210,8 @@ async def _answer(pipe: Connection, engine: Engine) -> None:
         finally:
             tasks.pop(number, None)
         if not tasks:
-            pipe.send(("stats", engine.stats()))  # the owner may look at them as soon as it has its last answer
-        pipe.send(("done", number, result))
+            send("stats", engine.stats())  # the owner may look at them as soon as it has its last answer
+        send("done", number, result)
 
     def take(message: tuple[Any, ...]) -> None:
         kind, *values = message
@@ -221,7 +227,7 @@ async def _answer(pipe: Connection, engine: Engine) -> None:
             try:
                 message = pipe.recv()
             except (EOFError, OSError):
-                os._exit(0)  # the actor is gone: nothing that is still being made has a reader
+                os._exit(0)  # as above
             loop.call_soon_threadsafe(take, message)
 
     threading.Thread(target=read, name="pipe-reader", daemon=True).start()
@@ -229,7 +235,7 @@ async def _answer(pipe: Connection, engine: Engine) -> None:
     while not closing.done():
         stats = engine.stats()
         if stats != last:
-            pipe.send(("stats", stats))
+            send("stats", stats)
             last = stats
         await asyncio.wait([closing], timeout=STATS_EVERY_S)
     if failed:

@@ -14,8 +14,8 @@ from tests.end_to_end.jobs import CommandLine, Job, files, stopped, write_shard
 
 STALL_MINUTES = 0.3  # longer than a slow machine takes to start an engine; the tests in between run meanwhile
 LEASE_TTL_S = 6.0
-NUM_UNITS = 60
-MOST_AHEAD = 20  # what waits, and what either pool has in flight, read or not; without a bound it is all 60
+NUM_UNITS = 1000  # more than are made before the aligner is stopped, however slow the machine
+MOST_AHEAD = 20  # what waits, and what either pool has in flight, read or not; without a bound it is all of them
 
 
 @dataclass(frozen=True)
