@@ -24,10 +24,12 @@ lint: $(READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-bench: $(READY)  ## The figures of the README
+bench: $(VLLM)  ## The figures of the README, and what the pools lose to Ray and to vLLM
 	$(RUN) pipelines/fetch_smollm2.py
 	$(RUN) tests/benchmarks/plumbing.py
 	$(RUN) tests/benchmarks/decode_vs_generate.py
+	$(RUN) tests/benchmarks/streaming.py
+	$(RUN) tests/benchmarks/against_vllm.py
 
 $(READY): pyproject.toml conf/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
