@@ -64,11 +64,15 @@ def safetensors_header(path: Path) -> bytes:
 def _commit(model: str, revision: str | None, section: str) -> str:
     """The commit that a revision of a hub id stands for: asked of the hub, or else the cached one."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: what its client raises without a network
+        HfHubHTTPError,
+        HTTPError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return str(HfApi().model_info(model, revision=revision, timeout=10).sha)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
     try:
         cached = snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=["config.json"])

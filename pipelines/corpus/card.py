@@ -1,5 +1,6 @@
 """The dataset card: README.md of the output root, with the YAML header that the Hub and `datasets` read."""
 
+import hashlib
 from typing import Any
 
 import yaml
@@ -20,10 +21,8 @@ def write_card(output: Storage, title: str) -> None:
 
 def _card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | None) -> str:
     num_ok = sum(manifest["num_ok"] for manifest in found)
-    configs = [{"config_name": "default", "data_files": [part["path"] for each in found for part in each["corpus"]]}]
-    quarantine = [part["path"] for each in found for part in each["quarantine"]]
-    if quarantine:
-        configs.append({"config_name": "quarantine", "data_files": quarantine})
+    names = {"default": "corpus", "quarantine": "quarantine"}
+    configs = [_config(name, [part for each in found for part in each[kind]]) for name, kind in names.items()]
     header = {
         "pretty_name": title,
         "tags": ["synthetic", "alignment", "burnish"],
@@ -62,6 +61,17 @@ def _card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | None) -
         "",
     ]
     return "\n".join(lines)
+
+
+def _config(name: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """A config of the YAML header.
+
+    `datasets` keeps what it has loaded under a hash of this header, not of the files: without the checksums in it, two
+    roots of the same name whose parts have the same names would be one to it.
+    """
+    checksums = "".join(part["sha256"] for part in parts).encode()
+    description = f"{sum(part['num_rows'] for part in parts)} rows, sha256 {hashlib.sha256(checksums).hexdigest()}"
+    return {"config_name": name, "description": description, "data_files": [part["path"] for part in parts]}
 
 
 def _cell(value: Any) -> str:

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 
 from actors.contract import ConfigError
 from actors.engines.base import EngineConfig
@@ -45,3 +47,12 @@ def test_a_folder_without_a_model_is_refused(model: EngineConfig, missing: str, 
 def test_a_name_that_is_neither_a_folder_nor_a_hub_id_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"there is no folder \./model, and it is not a hub id"):
         pinned(EngineConfig(model="./model"), "policy")
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise HTTPError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    with pytest.raises(ConfigError, match=r"no/such is neither a folder nor to be had from a hub .*Errno -2"):
+        pinned(EngineConfig(model="no/such"), "policy")

@@ -681,6 +681,17 @@ def test_the_corpus_and_the_quarantine_load_with_datasets_through_the_card(
     ]  # fmt: skip
 
 
+def test_another_root_of_the_same_name_is_not_loaded_from_a_cache(tmp_path: Path) -> None:
+    """`datasets` keeps what it has loaded by the folder's last name and the card's header."""
+    found = []
+    for place, quarantined in (("a", [1]), ("b", [1, 2])):
+        output = Storage(str(tmp_path / place / "aligned"))
+        commit_units(output, SHARD, quarantined=quarantined)
+        publish(output, OutputConfig(root=output.url))
+        found.append(len(datasets.load_dataset(output.root, split="train", cache_dir=str(tmp_path / "cache"))))
+    assert found == [11, 10]
+
+
 def test_the_card_says_what_is_there(published_twice: Storage) -> None:
     header = card_header(published_twice)
     assert header["pretty_name"] == 'A "corpus": ä'
