@@ -56,6 +56,7 @@ def align_corpus(config: AlignCorpusConfig, flags: Flags) -> int:
     """Plan what is not done, make it, publish it; again where a unit turned out damaged. Returns the exit code."""
     source = Input(config.input.path, config.site.storage_options)
     output = Storage(config.output.root, config.site.storage_options)
+    source.refuse_own_output(output)
     if flags.dry_run:
         plan = planned(config, source, output, flags.limit)
         made_of = digest(fingerprint(config, plan.kept_types))

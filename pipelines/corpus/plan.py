@@ -65,9 +65,8 @@ def make_plan(
         retry_quarantined: plan, besides, the published quarantined rows with this cause again.
         kept_types: the kept columns' types that earlier runs fixed.
 
-    Raises ConfigError where the output lies in the input, or the input is not what earlier runs read.
+    Raises ConfigError where the input is not what earlier runs read.
     """
-    source.refuse_own_output(output)
     listing = source.listing()
     finished = state.finished_shards
     opened = [listed for listed in listing if listed not in finished]

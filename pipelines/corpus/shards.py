@@ -1,5 +1,6 @@
 """Input shards: finding them, telling one version of a shard from another, and refusing those that cannot be read."""
 
+import difflib
 import hashlib
 import os
 import re
@@ -254,7 +255,9 @@ def is_string(dtype: pa.DataType) -> bool:
 def _refusal(columns: pa.Schema, config: InputConfig, kept_types: Mapping[str, str]) -> str | None:
     for name in config.columns:
         if name not in columns.names:
-            return f"missing_column: there is no column {name!r} among {', '.join(columns.names) or 'none'}"
+            near = difflib.get_close_matches(name, columns.names, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            return f"missing_column: there is no column {name!r} among {', '.join(columns.names) or 'none'}{hint}"
         if len(columns.get_all_field_indices(name)) > 1:
             return f"schema_mismatch: there are two columns {name!r}"
     prompt = columns.field(config.prompt_column).type

@@ -103,9 +103,10 @@ def run_plan(
     *,
     version: str = "v1",
     fails: Callable[[str], str | None] = lambda prompt: None,
+    run: int = 1,
 ) -> list[bool]:
     """Read, answer and commit every unit of a plan; whether each commit won."""
-    committer = Committer(output, source, tuple(config.keep_columns), run=1, fingerprint="f" * 16)
+    committer = Committer(output, source, tuple(config.keep_columns), run=run, fingerprint="f" * 16)
     packed = [answer(unit, version, fails) for unit in read_spans(source, config, list(plan.spans))]
     return [committer(unit)["won"][0].as_py() for unit in packed]
 

@@ -264,7 +264,7 @@ def test_retrying_rows_of_a_shard_that_is_gone_is_an_error(
 def _job(path: Path, output: Storage, **run: Any) -> tuple[AlignCorpusConfig, Input, Plan]:
     config = AlignCorpusConfig(
         input=InputConfig(path=str(path)),
-        policy=PolicyConfig(model="p", engine="stored"),
+        policy=PolicyConfig(model="p", engine="openai"),
         aligner=AlignerConfig(model="a", engine="stored"),
         run=RunConfig(**run),
     )
@@ -274,8 +274,8 @@ def _job(path: Path, output: Storage, **run: Any) -> tuple[AlignCorpusConfig, In
 
 def _run_job(path: Path, output: Storage, *, publishes: bool = True, **run: Any) -> int:
     config, source, plan = _job(path, output, **run)
-    create_run(output, run_record(config, source, plan))
-    run_plan(plan, source, config.input, output)
+    number = create_run(output, run_record(config, source, plan))
+    run_plan(plan, source, config.input, output, run=number)
     if publishes:
         publish(output, OUT)
     return plan.num_rows
@@ -303,7 +303,9 @@ def test_data_that_was_moved_as_it_is_goes_on_when_that_is_accepted(local_output
     with pytest.raises(ConfigError, match=r"run\.accept_changes=true"):
         _job(tmp_path / "moved", local_output)
     assert _run_job(tmp_path / "moved", local_output, accept_changes=True) == 2
-    assert _job(tmp_path / "moved", local_output)[2].num_rows == 0  # the root is that of the last run
+    assert (
+        _job(tmp_path / "moved", local_output)[2].num_rows == 0
+    )  # the root is that of the run that made the newest rows
     check_exactly_once(
         local_output, [("a.parquet", row) for row in range(3)] + [("b.parquet", row) for row in range(2)]
     )

@@ -135,7 +135,7 @@ def test_an_output_that_the_search_for_shards_would_find_is_refused_before_it_is
     (tmp_path / "link").symlink_to(tmp_path / "d")
     source, output = Input(str(tmp_path / input_path)), Storage(str(tmp_path / root))
     with pytest.raises(ConfigError, match=r"lies where input\.path .* is searched") as refusal:
-        plan_of(source, CONFIG, output)
+        source.refuse_own_output(output)
     assert "\n" not in str(refusal.value)
 
 
@@ -262,7 +262,8 @@ def test_a_store_error_while_reading_footers_is_no_bad_shard(tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("columns", "config", "reason"),
     [
-        ({"text": ["a"]}, {}, "missing_column: there is no column 'prompt'"),
+        ({"text": ["a"]}, {}, "missing_column: there is no column 'prompt' among text"),
+        ({"promt": ["a"]}, {}, "missing_column: there is no column 'prompt' among promt; did you mean 'promt'?"),
         ({"prompt": [1]}, {}, "wrong_type: 'prompt' is int64"),
         ({"prompt": [b"a"]}, {}, "wrong_type: 'prompt' is binary"),
         ({"prompt": [["a"]]}, {}, "wrong_type: 'prompt' is list"),
