@@ -2,14 +2,29 @@
 
 import contextlib
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+import pytest
 
-from tests.end_to_end.conftest import RayHead, tiny_pool
+from tests.end_to_end.conftest import RayHead, start_head, tiny_pool
 from tests.end_to_end.jobs import LIMIT_S, SCRIPT, CommandLine, corpus, num_units, unit_facts, write_shard
 
 UPLOAD_BYTES = 5 << 20
+
+
+@pytest.fixture(scope="module")
+def ray_head() -> Iterator[RayHead]:
+    """A head of these tests alone: once other clusters had come and gone, the session's had no agent to submit to."""
+    with start_head(["--num-cpus=32"]) as head:
+        yield head
+
+
+@pytest.fixture(scope="module")
+def command_line(ray_head: RayHead, new_folder: Callable[[], Path]) -> Iterator[CommandLine]:
+    with CommandLine(ray_head.environment, ray_head.raylet, new_folder) as jobs:
+        yield jobs
 
 
 def test_a_submitted_job_makes_the_corpus_and_passes_its_exit_code_on(
