@@ -8,17 +8,17 @@ import pyarrow as pa
 
 from actors.candidates import DEPENDENT, as_messages, failed, lost, made, model_label
 from actors.contract import ALIGNED_LIST, PROBLEM, RowError, candidate_seed
-from actors.engines.base import Messages, Request
+from actors.engines.base import DraftingConfig, Messages, Request
 from actors.pool import Columns, ModelStage, PoolConfig
 from actors.recipes import RecipeConfig, aligner_input
 
 
 @dataclass(frozen=True)
-class AlignerConfig(RecipeConfig, PoolConfig):
+class AlignerConfig(RecipeConfig, DraftingConfig, PoolConfig):
     """The model that aligns, and the recipe by which it does."""
 
     def __post_init__(self) -> None:
-        PoolConfig.__post_init__(self)
+        super(RecipeConfig, self).__post_init__()
         RecipeConfig.__post_init__(self)
 
 
@@ -62,7 +62,8 @@ class AlignerStage(ModelStage):
                 raise RowError(DEPENDENT, "there is no response to align")
             stored = self._config.engine == "stored"
             prompt = messages if stored else aligner_input(self._config, messages, answer)
-            completion = await self._engine.generate(Request(prompt, seed, stored=answer))
+            completion = await self._engine.generate(Request(prompt, seed, draft=answer))
+            candidate |= {"iterations": completion.iterations, "accepted": completion.accepted}
             aligned = made(completion, self._config.reasoning_end, **candidate)
         except RowError as error:
             return failed(error, **candidate)

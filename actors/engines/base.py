@@ -105,18 +105,67 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class DraftingConfig(EngineConfig):
+    """What an engine does with the draft that a request brings along."""
+
+    decoder: Literal["auto", "parallel", "greedy"] = option(
+        "auto", "parallel: check many positions of a draft per forward pass; greedy: one token each; auto: what pays"
+    )
+    block_size: int = option(
+        256,
+        "most positions of a row per forward pass; with max_iterations a draft is filled up to it",
+        changes_rows=True,
+    )
+    max_iterations: int | None = option(
+        None,
+        "`diffpo`: updates of the whole response, one after the other; null: until nothing changes, which is what the "
+        "aligner would answer greedily without the response",
+        changes_rows=True,
+    )
+    num_reserved: int = option(0, "`diffpo`: leading tokens of the response that stay as they are", changes_rows=True)
+    random_reserved: bool = option(
+        False, "`diffpo`: keep 0 to num_reserved of them, drawn by the candidate's seed", changes_rows=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_size < 1:
+            raise ConfigError(f"block_size must be at least 1, got {self.block_size}")
+        if self.max_iterations is not None and self.max_iterations < 1:
+            raise ConfigError(
+                f"max_iterations must be at least 1, or null for a fixed point, got {self.max_iterations}"
+            )
+        if self.num_reserved < 0:
+            raise ConfigError(f"num_reserved must be 0 or more, got {self.num_reserved}")
+        if self.max_iterations is not None:
+            if self.engine != "torch":
+                raise ConfigError(
+                    f"max_iterations={self.max_iterations} needs engine=torch: {self.engine} can only decode until "
+                    "nothing changes; set max_iterations to null"
+                )
+            if self.decoder == "greedy":
+                raise ConfigError(
+                    "max_iterations needs a parallel decoder: set decoder to auto, or max_iterations to null"
+                )
+        if self.decoder == "parallel" and self.engine not in ("torch", "vllm"):
+            raise ConfigError(f"decoder=parallel has no effect with engine={self.engine}: it is for torch and vllm")
+        if self.temperature > 0 and (self.decoder == "parallel" or self.max_iterations is not None):
+            raise ConfigError("a parallel decoder is greedy: set temperature to 0, or decoder to greedy")
+
+
+@dataclass(frozen=True)
 class Request:
     """One candidate to be made.
 
     Attributes:
         prompt: a chat, to which the model's own chat template is applied once, or raw text for models without one.
         seed: of this candidate's sampling.
-        stored: the answer that the input shard already holds; read by the `stored` engine only.
+        draft: an answer that is there already: what `stored` returns, and where a parallel decoder begins.
     """
 
     prompt: Messages | str
     seed: int
-    stored: str | None = None
+    draft: str | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +173,8 @@ class Completion:
     """What an engine made of a request. Token counts are null where no tokens were made here (`stored`).
 
     `reasoning` is the thinking that the model's server has told apart; null where it may still be in the text.
+    `iterations` (forward passes that changed or checked this answer) and `accepted` (tokens of its guesses that stayed)
+    are null where one token was made at a time.
     """
 
     text: str
@@ -131,6 +182,8 @@ class Completion:
     num_prompt_tokens: int | None
     num_tokens: int | None
     reasoning: str | None = None
+    iterations: int | None = None
+    accepted: int | None = None
 
 
 @dataclass(frozen=True)

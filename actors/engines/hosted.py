@@ -5,7 +5,7 @@ from collections import Counter, deque
 from dataclasses import fields
 
 from actors.contract import ConfigError, RowError
-from actors.engines.base import Completion, EngineConfig, EngineStats, Request
+from actors.engines.base import Completion, DraftingConfig, EngineConfig, EngineStats, Request
 from actors.engines.process import Build, EngineDied, EngineProcess
 
 MAX_ATTEMPTS = 3
@@ -24,7 +24,8 @@ class HostedEngine:
     """
 
     def __init__(self, build: Build, config: EngineConfig, num_threads: int) -> None:
-        plain = EngineConfig(**{field.name: getattr(config, field.name) for field in fields(EngineConfig)})
+        kind = DraftingConfig if isinstance(config, DraftingConfig) else EngineConfig
+        plain = kind(**{field.name: getattr(config, field.name) for field in fields(kind)})
         self._arguments = (build, plain, num_threads)  # of its base class, so that the child imports no pool and no Ray
         self._process = self._new_process()
         self._tokens_before = 0  # made by processes that have died

@@ -12,9 +12,9 @@ class StoredEngine:
 
     async def generate(self, request: Request) -> Completion:
         """Return the stored answer. Raises RowError `missing_response` where there is none, or an empty one."""
-        if not request.stored:
+        if not request.draft:
             raise RowError("missing_response", "the input shard holds no answer for this candidate")
-        return Completion(text=request.stored, finish_reason=None, num_prompt_tokens=None, num_tokens=None)
+        return Completion(text=request.draft, finish_reason=None, num_prompt_tokens=None, num_tokens=None)
 
     def stats(self) -> EngineStats:
         return EngineStats(num_tokens=0, num_running=0, num_waiting=0)

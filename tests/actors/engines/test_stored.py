@@ -11,7 +11,7 @@ from actors.engines.base import Completion, EngineConfig, Request
 
 def test_stored_answer_is_the_completion() -> None:
     engine = build_engine(EngineConfig(engine="stored", model="gpt-label"), None)
-    made = asyncio.run(engine.generate(Request(prompt="", seed=0, stored=" as it was ")))
+    made = asyncio.run(engine.generate(Request(prompt="", seed=0, draft=" as it was ")))
     assert made == Completion(" as it was ", None, None, None)
     engine.close()
 
@@ -20,5 +20,5 @@ def test_stored_answer_is_the_completion() -> None:
 def test_missing_answer_fails_the_row(stored: str | None) -> None:
     engine = build_engine(EngineConfig(engine="stored", model="gpt-label"), None)
     with pytest.raises(RowError) as caught:
-        asyncio.run(engine.generate(Request(prompt="", seed=0, stored=stored)))
+        asyncio.run(engine.generate(Request(prompt="", seed=0, draft=stored)))
     assert caught.value.cause == "missing_response"
