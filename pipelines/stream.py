@@ -84,6 +84,9 @@ def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan
         try:
             for row in committed.iter_rows():
                 tally.add(row)
+        except KeyboardInterrupt:
+            report.say(f"committed until now: {tally.num_units} units, {tally.num_rows} of {plan.num_rows} rows")
+            raise
         except ray.exceptions.RayError as error:
             told = _told(error)
             if told is None:
