@@ -164,7 +164,7 @@ def needs(config: AlignCorpusConfig) -> list[Need]:
 def connect(config: AlignCorpusConfig) -> None:
     """Join the cluster that the config or RAY_ADDRESS names, else start one here; return when the pools fit on it.
 
-    Raises ConfigError where they never will.
+    Raises ConfigError where they never will, and TransientError where the nodes for them did not come in time.
     """
     if not ray.is_initialized():
         _join_or_start(config)
