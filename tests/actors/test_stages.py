@@ -259,9 +259,7 @@ def test_after_an_engines_error_nothing_more_of_the_unit_is_asked(
     assert 10 < len(asked) <= 14
 
 
-def test_rows_count_as_they_are_made_and_not_with_their_unit(
-    engine: Scripted, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_count_as_they_are_made_and_not_with_their_unit(engine: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
     """A unit may take half an hour: the time left is told from what is done of it."""
     stage = policy(max_num_seqs=2)
     seen: list[int] = []
