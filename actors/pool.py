@@ -160,7 +160,7 @@ def add_pool(
             min_size=config.replicas,
             max_size=config.most_replicas,
             max_concurrent_calls_per_actor=config.units_in_flight,
-            max_tasks_in_flight_per_actor=config.units_in_flight + 1,  # one more, so that an engine never waits for Ray
+            max_tasks_in_flight_per_actor=2 * config.units_in_flight,  # all may end at once; then more is at hand
         ),
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus or None,
