@@ -31,6 +31,7 @@ UNIT_ROWS = 32
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB of each engine
     "HF_HUB_OFFLINE": "1",
     "RAY_DEDUP_LOGS": "0",
 }
