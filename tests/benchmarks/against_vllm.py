@@ -143,12 +143,13 @@ def chain(folder: Path, arguments: argparse.Namespace) -> Times:
     from actors.recipes import RecipeConfig, aligner_input
 
     ray.init(num_cpus=16, include_dashboard=False, logging_level="ERROR")
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads(2))}
 
     def processor(messages: Any, kept: list[str], answer: str) -> Any:
         config = vLLMEngineProcessorConfig(
             model_source=arguments.model, engine_kwargs=engine_arguments(arguments), concurrency=1,
             batch_size=UNIT_ROWS, max_concurrent_batches=arguments.units_in_flight,
-            placement_group_config={"bundles": [{"CPU": 1}]}, runtime_env={"env_vars": {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads(2))}},
+            placement_group_config={"bundles": [{"CPU": 1}]}, runtime_env={"env_vars": environment},
         )  # fmt: skip
         return build_processor(
             config,
