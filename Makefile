@@ -30,6 +30,7 @@ bench: $(VLLM)  ## The figures of the README, and what the pools lose to Ray and
 	$(RUN) tests/benchmarks/decode_vs_generate.py
 	$(RUN) tests/benchmarks/streaming.py
 	$(RUN) tests/benchmarks/against_vllm.py
+	$(RUN) tests/benchmarks/against_vllm.py --model ~/.cache/burnish/SmolLM2-135M-Instruct --rows 512
 
 $(READY): pyproject.toml conf/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

@@ -78,6 +78,7 @@ class ModelStage:
     def __init__(self, name: str, config: PoolConfig, board: Any, sharers: int) -> None:
         self._snapshot = Snapshot()
         self._units: dict[str, None] = {}
+        self._num_ahead = 0  # rows that are done of units that are not
         self._started: Engine | None = None
         self._reporter = Reporter(board, name, self._now)
         num_threads = config.num_threads or max(1, (os.cpu_count() or 1) // max(1, sharers))
@@ -94,6 +95,7 @@ class ModelStage:
         stats = self._started.stats()
         return replace(
             self._snapshot,
+            num_rows=self._snapshot.num_rows + self._num_ahead,
             num_tokens=stats.num_tokens,
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
@@ -113,6 +115,7 @@ class ModelStage:
         async def work() -> None:
             for number, row in numbered:
                 results[number] = await make(row)
+                self._num_ahead += 1
 
         workers = [asyncio.create_task(work()) for _ in range(min(len(rows), 2 * self._max_num_seqs))]
         try:
@@ -120,6 +123,7 @@ class ModelStage:
         finally:
             for worker in workers:  # after an error the rest would go on asking an endpoint for a unit that is given up
                 worker.cancel()
+            self._num_ahead -= len(results)
         return [results[number] for number in range(len(rows))]
 
     async def __call__(self, packed: pa.Table) -> AsyncIterator[pa.Table]:
@@ -156,7 +160,7 @@ def add_pool(
             min_size=config.replicas,
             max_size=config.most_replicas,
             max_concurrent_calls_per_actor=config.units_in_flight,
-            max_tasks_in_flight_per_actor=config.units_in_flight + 1,  # one more, so that an engine never waits for Ray
+            max_tasks_in_flight_per_actor=2 * config.units_in_flight,  # all may end at once; then more is at hand
         ),
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus or None,

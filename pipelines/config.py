@@ -169,7 +169,7 @@ def _preset(section: type, name: Any, key: str, layer: _Layer) -> dict[str, Any]
     if not path.endswith((".yaml", ".yml")):
         names = presets(group)
         if path not in names:
-            near = difflib.get_close_matches(path, names, 1)
+            near = difflib.get_close_matches(path, names, 1, 0.7)
             hint = f"did you mean {near[0]}? " if near else ""
             layer.fail(f"{key}: no preset {_show(name)}; {hint}there are: {', '.join(names) or 'none'}")
         path = str(CONF / group / f"{path}.yaml")

@@ -10,7 +10,7 @@ from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
-from actors.contract import ConfigError
+from actors.contract import ConfigError, TransientError
 
 POLL_S = 2.0
 STATUS_TIMEOUT_S = 30.0
@@ -92,8 +92,8 @@ def wait_until_placeable(needs: list[Need], wait_s: float, announce: Callable[[s
     """Return when the needs fit onto the cluster's nodes.
 
     On a cluster that can grow, asks its autoscaler for what is needed and waits, saying so, up to `wait_s` seconds.
-    Raises ConfigError as soon as the autoscaler finds that all the nodes it may add would not do, and when the wait is
-    over.
+    Raises ConfigError as soon as the autoscaler finds that all the nodes it may add would not do, and TransientError
+    when the wait is over.
     """
     error = refusal(needs, live_nodes(), "on this cluster")
     if error is None:
@@ -114,7 +114,7 @@ def wait_until_placeable(needs: list[Need], wait_s: float, announce: Callable[[s
                     + arithmetic(needs, nodes)
                 )
             if time.monotonic() > deadline:
-                raise error
+                raise TransientError(str(error))  # there were no spot nodes to be had, perhaps: later there may be
             time.sleep(POLL_S)
             _request(needs)  # again: Ray keeps one request, and what Ray Data of an earlier job left here sends its own
     finally:

@@ -84,6 +84,9 @@ def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan
         try:
             for row in committed.iter_rows():
                 tally.add(row)
+        except KeyboardInterrupt:
+            report.say(f"committed until now: {tally.num_units} units, {tally.num_rows} of {plan.num_rows} rows")
+            raise
         except ray.exceptions.RayError as error:
             told = _told(error)
             if told is None:
@@ -161,7 +164,7 @@ def needs(config: AlignCorpusConfig) -> list[Need]:
 def connect(config: AlignCorpusConfig) -> None:
     """Join the cluster that the config or RAY_ADDRESS names, else start one here; return when the pools fit on it.
 
-    Raises ConfigError where they never will.
+    Raises ConfigError where they never will, and TransientError where the nodes for them did not come in time.
     """
     if not ray.is_initialized():
         _join_or_start(config)

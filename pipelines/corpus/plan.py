@@ -73,6 +73,8 @@ def make_plan(
     shards, bad, types = source.footers(opened, config, kept_types or {})
     if config.on_changed_shard == "fail":
         _refuse_changed(shards, output, state)
+    if bad and len(bad) == len(listing):
+        _refuse_unknown_column(bad, config)
     versions = {shard.key: shard for shard in [*(finished[each] for each in listing if each in finished), *shards]}
     done = _without(state.done, state.lost)
     pending = [unit for shard in shards for unit in _cut(shard, [(0, shard.num_rows)], done, unit_rows, state.lost)]
@@ -137,6 +139,16 @@ def _limited(pending: list[Unit], limit: int | None) -> list[Unit]:
         return pending
     before = itertools.accumulate((unit.num_rows for unit in pending), initial=0)
     return [unit for unit, rows in zip(pending, before, strict=False) if rows < limit]
+
+
+def _refuse_unknown_column(bad: list[BadShard], config: InputConfig) -> None:
+    """A column that no shard has is a mistake in the config, not in the shards."""
+    (name, *others) = {shard.missing for shard in bad}
+    if name is None or others:
+        return
+    keys = {getattr(config, key): key for key in ("prompt_column", "id_column", "response_column")}
+    reason = bad[0].reason.partition(": ")[2]
+    raise ConfigError(f"input.{keys.get(name, 'keep_columns')}: no shard has that column ({bad[0].path}: {reason})")
 
 
 def _refuse_changed(shards: list[Shard], output: Storage, state: State) -> None:

@@ -98,10 +98,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class BadShard:
-    """A shard of which no row can be read, and why."""
+    """A shard of which no row can be read, and why; `missing` is the column that it should have and has not."""
 
     path: str
     reason: str
+    missing: str | None = None
 
 
 class Input:
@@ -203,7 +204,8 @@ class Input:
             columns = metadata.schema.to_arrow_schema()
             reason = _refusal(columns, config, types)
             if reason:
-                bad.append(BadShard(found.path, reason))
+                missing = next((name for name in config.columns if name not in columns.names), None)
+                bad.append(BadShard(found.path, reason, missing))
                 continue
             for name in config.keep_columns:
                 types.setdefault(name, str(columns.field(name).type))

@@ -259,6 +259,23 @@ def test_after_an_engines_error_nothing_more_of_the_unit_is_asked(
     assert 10 < len(asked) <= 14
 
 
+def test_rows_count_as_they_are_made_and_not_with_their_unit(engine: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit may take half an hour: the time left is told from what is done of it."""
+    stage = policy(max_num_seqs=2)
+    seen: list[int] = []
+
+    async def generate(request: Request) -> Completion:
+        await asyncio.sleep(0)
+        seen.append(stage._now().num_rows)
+        return Completion("yes", "stop", 1, 1)
+
+    monkeypatch.setattr(engine, "generate", generate)
+    run(unit_of([str(number) for number in range(20)]), stage)
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 4
+    assert stage._now().num_rows == 20
+
+
 @pytest.mark.usefixtures("engine")
 def test_a_mistake_found_by_the_engine_is_told_with_the_first_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray prints what a constructor raises, and its retries, before anyone here can make one line of it."""

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.end_to_end.conftest import Reference
-from tests.end_to_end.jobs import STAGES, CommandLine, Job, children, corpus, manifests, num_units, unit_facts
+from tests.end_to_end.jobs import LIMIT_S, STAGES, CommandLine, Job, children, corpus, manifests, num_units, unit_facts
 
 NUM_UNITS = 9
 NUM_KILLS = 20
@@ -19,20 +19,22 @@ SLOW = ["policy.max_num_seqs=2", "aligner.max_num_seqs=1", "policy.units_in_flig
 
 def kill(job: Job, victim: str, rng: random.Random) -> None:
     """kill -9 the driver, an actor of a pool, or any pool's engine, as soon as there is one; none if the job ends."""
-
-    def ended_or_found() -> list[psutil.Process | None]:
-        if job.process.poll() is not None:
-            return [None]
-        if victim != "engine":
-            return list(job.actors(victim))
-        return [engine for pool in STAGES for actor in job.actors(pool) for engine in children(actor)]
-
     if victim == "driver":
         job.process.kill()
         job.process.wait()
-    elif found := rng.choice(job.until(ended_or_found, f"there was a process of the {victim} to be killed")):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found.kill()
+        return
+    deadline = time.monotonic() + LIMIT_S
+    while job.process.poll() is None:
+        if victim == "engine":
+            found = [engine for pool in STAGES for actor in job.actors(pool) for engine in children(actor)]
+        else:
+            found = job.actors(victim)
+        if found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rng.choice(found).kill()
+            return
+        assert time.monotonic() < deadline, f"there was no process of the {victim} to be killed"
+        time.sleep(0.02)
 
 
 def num_made(stdout: str) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,9 +79,11 @@ def interrupted(life: Life, lone_command_line: CommandLine) -> Interrupted:
 
 def test_ctrl_c_ends_a_job_in_order(interrupted: Interrupted, life: Life) -> None:
     interrupted.completed.expect(130)
-    assert interrupted.completed.errors == [
-        "interrupted; what is committed is kept, and the same command goes on from there"
-    ]
+    kept, goodbye = interrupted.completed.errors
+    assert goodbye == "interrupted; what is committed is kept, and the same command goes on from there"
+    told = re.fullmatch(rf"committed until now: (\d+) units, (\d+) of {NUM_ROWS} rows", kept)
+    assert told
+    assert 1 <= int(told[1]) == int(told[2]) <= len(interrupted.committed), "what the driver had heard of"
     assert "000001.released" in interrupted.leases
     assert 2 <= len(interrupted.committed) < NUM_ROWS
 

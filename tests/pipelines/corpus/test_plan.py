@@ -317,3 +317,27 @@ def test_a_root_without_rows_may_be_given_another_input(local_output: Storage, t
     config, source, plan = _job(tmp_path / "in", local_output)
     create_run(local_output, run_record(config, source, plan))  # and died before its first commit
     assert _job(tmp_path / "else", local_output)[2].num_rows == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"prompt_column": "promt"},
+            "input.prompt_column: no shard has that column (a.parquet: there is no column 'promt' among",
+        ),
+        ({"keep_columns": ["topic"]}, "input.keep_columns: no shard has that column"),
+    ],
+)
+def test_a_column_that_no_shard_has_is_a_mistake_in_the_config(
+    source: Input, local_output: Storage, columns: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as told:
+        planned(source, local_output, dataclasses.replace(CONFIG, **columns))
+    assert message in str(told.value)
+
+
+def test_a_column_that_some_shards_have_is_missing_in_the_others(source: Input, local_output: Storage) -> None:
+    write_shard(Path(source.root) / "c.parquet", pa.table({"question": ["prompt"]}))
+    (bad,) = plan_of(source, CONFIG, local_output).bad_shards
+    assert (bad.path, bad.missing) == ("c.parquet", "prompt")
