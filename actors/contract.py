@@ -32,8 +32,10 @@ RESPONSE = pa.struct(RESPONSE_FIELDS)
 ALIGNED = pa.struct(
     [
         *RESPONSE_FIELDS,
-        pa.field("iterations", pa.int32()),  # forward passes of a parallel decoder; null for one-position decoding
-        pa.field("accepted", pa.int32()),  # draft tokens kept by a parallel decoder; null likewise
+        # Forward passes of a parallel decoder; null where one token was made at a time, where the text is one that was
+        # made for an earlier candidate of the row (`AlignerConfig.ignores_response`), and when failed.
+        pa.field("iterations", pa.int32()),
+        pa.field("accepted", pa.int32()),  # tokens of its guesses that the text kept; null likewise
         pa.field("changed", pa.bool_()),  # text differs from the response's; null when failed
     ]
 )
