@@ -33,7 +33,8 @@ ALIGNED = pa.struct(
     [
         *RESPONSE_FIELDS,
         # Forward passes of a parallel decoder; null where one token was made at a time, where the text is one that was
-        # made for an earlier candidate of the row (`AlignerConfig.ignores_response`), and when failed.
+        # made for an earlier candidate of the row (`AlignerConfig.ignores_response`), and when failed. Made again, the
+        # same text may take others: how far a pass comes depends on what else is in the batch.
         pa.field("iterations", pa.int32()),
         pa.field("accepted", pa.int32()),  # tokens of its guesses that the text kept; null likewise
         pa.field("changed", pa.bool_()),  # text differs from the response's; null when failed

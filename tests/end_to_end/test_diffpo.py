@@ -13,7 +13,7 @@ import pytest
 from actors.engines.base import EngineConfig, Request
 from actors.engines.torch_engine import TorchEngine
 from tests.end_to_end.conftest import Reference
-from tests.end_to_end.jobs import CommandLine, CompletedJob, Row, corpus
+from tests.end_to_end.jobs import CommandLine, CompletedJob, Row, manifests, partition
 
 NOTE = "The aligned text does not depend on the response"
 
@@ -33,7 +33,8 @@ def denoised(command_line: CommandLine, job: list[str], new_folder: Callable[[],
     root = new_folder() / "output"
     completed = command_line.run(*job, f"output.root={root}", "aligner.recipe=diffpo", "run.task_mib=1").expect(0)
     pace = json.loads((root / "runs" / "000001-pace.json").read_bytes())
-    return Denoised(completed, (root / "README.md").read_text(), pace, corpus(root))
+    rows = [row for manifest in manifests(root) for row in partition(root, manifest, "corpus")]
+    return Denoised(completed, (root / "README.md").read_text(), pace, rows)
 
 
 def greedy_answers(model: Path, rows: list[Row]) -> list[str]:
@@ -87,7 +88,7 @@ def test_the_summary_and_the_card_say_that_no_response_matters(denoised: Denoise
 @pytest.mark.xfail(strict=True, reason="the torch engine decodes one position at a time, whatever the draft")
 def test_what_the_decoder_took_is_recorded_and_summed_up(denoised: Denoised) -> None:
     made = [well(row)[0] for row in denoised.rows]
-    assert all(1 <= each["iterations"] <= each["num_tokens"] + 1 for each in made)
+    assert all(1 <= each["iterations"] <= each["num_tokens"] + 2 for each in made)
     assert all(0 <= each["accepted"] <= each["num_tokens"] for each in made)
     mean = sum(each["num_tokens"] for each in made) / sum(each["iterations"] for each in made)
     assert f"\naligner: {mean:.2f} tokens per forward pass and answer, " in denoised.completed.stdout
