@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from actors.candidates import as_messages
+from actors.candidates import as_messages, split_reasoning
 from actors.contract import RowError
 from actors.engines.base import Messages
 from actors.engines.footprint import footprint
@@ -260,18 +260,20 @@ def _print_as_seen(config: AlignCorpusConfig, row: dict[str, Any]) -> None:
         print(textwrap.indent(text, "  "))
     if config.aligner.recipe == "diffpo":
         print(f"\n{row['prompt_id']}, where the aligner begins:")
-        print(textwrap.indent(_answer(row), "  "))
+        print(textwrap.indent(_answer(config, row), "  "))
 
 
 def _seen_by(config: AlignCorpusConfig, name: str, row: dict[str, Any]) -> str:
     if name == "policy":
         return as_seen(config.policy, policy_prompt(config.policy, row["prompt"]))
-    return as_seen(config.aligner, aligner_input(config.aligner, as_messages(row["prompt"]), _answer(row)))
+    return as_seen(config.aligner, aligner_input(config.aligner, as_messages(row["prompt"]), _answer(config, row)))
 
 
-def _answer(row: dict[str, Any]) -> str:
-    answer: str = (row.get("stored") or ["(the policy's answer)"])[0]
-    return answer
+def _answer(config: AlignCorpusConfig, row: dict[str, Any]) -> str:
+    """The first answer that the aligner is given, its thinking apart; a stand-in for one that is yet to be made."""
+    if not row.get("stored"):
+        return "(the policy's answer)"
+    return split_reasoning(row["stored"][0], config.policy.reasoning_end)[1]
 
 
 def as_seen(pool: PoolConfig, prompt: Messages | str) -> str:

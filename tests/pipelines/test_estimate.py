@@ -337,3 +337,18 @@ def test_the_draft_of_a_diffpo_aligner_is_shown_below_its_prompt(
     seen = r"as the aligner sees it:\n  <\|im_start\|>user\n  How\?<\|im_end\|>\n  <\|im_start\|>assistant\s+\S+, "
     assert len(re.findall(seen + r"where the aligner begins:\n  \(the policy's answer\)\n", text)) == 2
     assert ("note: The aligned text does not depend on the response" in text) == (max_iterations is None)
+
+
+def test_a_stored_answer_is_shown_as_the_aligner_is_given_it(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.write_table(
+        pa.table({"prompt": ["How?"], "response": [["<think>Hm.</think>So.", "So?"]]}), tmp_path / "a.parquet"
+    )
+    given = InputConfig(path=str(tmp_path), response_column="response")
+    aligner = AlignerConfig(model=model, max_tokens=8, recipe="diffpo", max_iterations=6)
+    config = config_of(model, policy=PolicyConfig(model="label", engine="stored"), aligner=aligner, input=given)
+    source = Input(given.path)
+    plan = plan_of(source, given, Storage(str(tmp_path / "out")))
+    report.print_dry_run(config, source, plan, "d", None)
+    assert capsys.readouterr().out.endswith(", where the aligner begins:\n  So.\n")
