@@ -30,6 +30,9 @@ class AlignerConfig(RecipeConfig, DraftingConfig, PoolConfig):
             raise ConfigError(f"recipe=diffpo decodes greedily: temperature must be 0, got {self.temperature:g}")
         if self.num_reserved and self.engine not in ("torch", "vllm"):
             raise ConfigError(f"num_reserved has no effect with engine={self.engine}: it is for torch and vllm")
+        if self.num_reserved >= self.max_tokens:
+            most = self.max_tokens - 1
+            raise ConfigError(f"num_reserved must be at most max_tokens - 1 = {most}, got {self.num_reserved}")
         if self.random_reserved and not self.num_reserved:
             raise ConfigError("random_reserved draws from 0 to num_reserved: set num_reserved to 1 or more")
 

@@ -25,7 +25,8 @@ RESPONSE_FIELDS = [
     pa.field("error", pa.string()),  # "<cause>: <message>" when failed
     pa.field("finish_reason", pa.string()),  # stop | length; null when failed or stored
     pa.field("num_prompt_tokens", pa.int32()),  # tokens the model read; null when failed or stored
-    pa.field("num_tokens", pa.int32()),  # tokens the model made, end-of-sequence excluded; null likewise
+    # Tokens the model made, without end-of-sequence and without what `diffpo` reserved of the response; null likewise.
+    pa.field("num_tokens", pa.int32()),
     pa.field("seed", pa.int64(), False),  # of this candidate's sampling
 ]
 RESPONSE = pa.struct(RESPONSE_FIELDS)

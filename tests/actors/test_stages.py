@@ -291,6 +291,10 @@ def test_stored_answers_stay_as_they_are_whatever_the_recipe(engine: Scripted) -
             "num_reserved has no effect with engine=openai: it is for torch and vllm",
         ),
         (
+            {"recipe": "diffpo", "num_reserved": 8, "max_tokens": 8},
+            "num_reserved must be at most max_tokens - 1 = 7, got 8",
+        ),
+        (
             {"recipe": "diffpo", "random_reserved": True},
             "random_reserved draws from 0 to num_reserved: set num_reserved to 1 or more",
         ),
