@@ -25,15 +25,19 @@ RESPONSE_FIELDS = [
     pa.field("error", pa.string()),  # "<cause>: <message>" when failed
     pa.field("finish_reason", pa.string()),  # stop | length; null when failed or stored
     pa.field("num_prompt_tokens", pa.int32()),  # tokens the model read; null when failed or stored
-    pa.field("num_tokens", pa.int32()),  # tokens the model made, end-of-sequence excluded; null likewise
+    # Tokens the model made, without end-of-sequence and without what `diffpo` reserved of the response; null likewise.
+    pa.field("num_tokens", pa.int32()),
     pa.field("seed", pa.int64(), False),  # of this candidate's sampling
 ]
 RESPONSE = pa.struct(RESPONSE_FIELDS)
 ALIGNED = pa.struct(
     [
         *RESPONSE_FIELDS,
-        pa.field("iterations", pa.int32()),  # forward passes of a parallel decoder; null for one-position decoding
-        pa.field("accepted", pa.int32()),  # draft tokens kept by a parallel decoder; null likewise
+        # Forward passes of a parallel decoder; null where one token was made at a time, where the text is one that was
+        # made for an earlier candidate of the row (`AlignerConfig.ignores_response`), and when failed. Made again, the
+        # same text may take others: how far a pass comes depends on what else is in the batch.
+        pa.field("iterations", pa.int32()),
+        pa.field("accepted", pa.int32()),  # tokens of its guesses that the text kept; null likewise
         pa.field("changed", pa.bool_()),  # text differs from the response's; null when failed
     ]
 )

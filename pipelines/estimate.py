@@ -157,6 +157,9 @@ def asks(config: AlignCorpusConfig, name: str, row: Row) -> list[Ask]:
             to_come = policy.max_tokens * written.count(NOT_THERE_YET) if answer == NOT_THERE_YET else 0
             count = 1 if policy.engine == "stored" else policy.num_candidates
             found.append(Ask(prompt, count, count, to_come))
+    if config.aligner.recipe == "diffpo" and found:  # all of them ask the same
+        num_answers = 1 if config.aligner.ignores_response else sum(ask.num_answers for ask in found)
+        return [Ask(found[0].prompt, 1, num_answers)]
     return found
 
 

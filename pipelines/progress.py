@@ -5,8 +5,9 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -20,13 +21,22 @@ STALLED = 4
 
 @dataclass
 class Tally:
-    """What the driver has counted: committed units and what was in them. One thread writes, another reads."""
+    """What the driver has counted: committed units and what was in them. One thread writes, another reads.
+
+    Attributes:
+        iterations: forward passes -> answers that took a parallel decoder so many.
+        num_decoded: tokens of these answers.
+        num_accepted: of them, those that were right guesses.
+    """
 
     num_units: int = 0
     num_rows: int = 0
     num_quarantined: int = 0
     num_candidates: int = 0
     num_changed: int = 0
+    iterations: Counter[int] = field(default_factory=Counter)
+    num_decoded: int = 0
+    num_accepted: int = 0
 
     def add(self, report: dict[str, Any]) -> None:
         """Count one row of `Committer`'s report."""
@@ -35,6 +45,9 @@ class Tally:
         self.num_quarantined += report["quarantined"]
         self.num_candidates += report["candidates"]
         self.num_changed += report["changed"]
+        self.iterations.update(report["iterations"])
+        self.num_decoded += report["tokens"]
+        self.num_accepted += report["accepted"]
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 import math
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from actors.candidates import as_messages
+from actors.candidates import as_messages, split_reasoning
 from actors.contract import RowError
 from actors.engines.base import Messages
 from actors.engines.footprint import footprint
@@ -24,9 +25,10 @@ from pipelines.corpus.state import manifests
 from pipelines.corpus.storage import Storage
 from pipelines.estimate import Tokens
 from pipelines.progress import PoolTotals, Tally
-from pipelines.settings import AlignCorpusConfig, pools
+from pipelines.settings import AlignCorpusConfig, notes, pools
 
 SHOWN_ROWS = 2
+EACH = 8
 
 
 def say(text: str) -> None:
@@ -46,6 +48,26 @@ def print_throughput(totals: dict[str, PoolTotals], tally: Tally, seconds: float
         print(f"{name}: {pool.num_rows / seconds:.2f} rows/s, {pool.num_tokens / seconds:.0f} tokens/s")
     changed = tally.num_changed / tally.num_candidates if tally.num_candidates else 0.0
     print(f"made: {tally.num_units} units, {tally.num_rows} rows in {seconds:.1f} s; {changed:.1%} of answers changed")
+    if tally.iterations:
+        _print_decoding(tally)
+
+
+def _print_decoding(tally: Tally) -> None:
+    """What a forward pass of a parallel decoder brought, and how many an answer took; above EACH by powers of 2."""
+    num_passes = sum(number * count for number, count in tally.iterations.items())
+    accepted = tally.num_accepted / max(1, tally.num_decoded)
+    print(
+        f"aligner: {tally.num_decoded / num_passes:.2f} tokens per forward pass and answer, "
+        f"{accepted:.1%} of them accepted guesses"
+    )
+    answers: Counter[tuple[int, int]] = Counter()
+    for number, count in tally.iterations.items():
+        power = 1 << (number - 1).bit_length()
+        answers[(number, number) if number <= EACH else (power // 2 + 1, power)] += count
+    bins = [
+        f"{low}: {count}" if low == high else f"{low}-{high}: {count}" for (low, high), count in sorted(answers.items())
+    ]
+    print(f"aligner: answers by forward passes: {', '.join(bins)}")
 
 
 def print_summary(config: AlignCorpusConfig, output: Storage, plan: Plan, published: Published) -> None:
@@ -68,6 +90,8 @@ def print_summary(config: AlignCorpusConfig, output: Storage, plan: Plan, publis
             f"{manifest['num_quarantined']} quarantined{f' ({causes})' if causes else ''}"
         )
     print(f"corpus: {output.url}/corpus ({sum(each['num_ok'] for each in found)} rows in {len(found)} partitions)")
+    for note in notes(config):
+        print(f"note: {note}")
     for manifest in new[-1:]:
         _print_rows(output, manifest)
 
@@ -126,6 +150,8 @@ def print_dry_run(
             _print_tokens(name, pool, tokens, plan.num_rows, known)
     if plan.num_rows:
         _print_cost(config, plan.num_rows, pace, known)
+    for note in notes(config):
+        print(f"note: {note}")
     for row in _first_prompts(config, source, plan):
         _print_as_seen(config, row)
 
@@ -232,13 +258,22 @@ def _print_as_seen(config: AlignCorpusConfig, row: dict[str, Any]) -> None:
             text = f"(not at all: {error})"
         print(f"\n{row['prompt_id']} as the {name} sees it:")
         print(textwrap.indent(text, "  "))
+    if config.aligner.recipe == "diffpo":
+        print(f"\n{row['prompt_id']}, where the aligner begins:")
+        print(textwrap.indent(_answer(config, row), "  "))
 
 
 def _seen_by(config: AlignCorpusConfig, name: str, row: dict[str, Any]) -> str:
     if name == "policy":
         return as_seen(config.policy, policy_prompt(config.policy, row["prompt"]))
-    answer = (row.get("stored") or ["(the policy's answer)"])[0]
-    return as_seen(config.aligner, aligner_input(config.aligner, as_messages(row["prompt"]), answer))
+    return as_seen(config.aligner, aligner_input(config.aligner, as_messages(row["prompt"]), _answer(config, row)))
+
+
+def _answer(config: AlignCorpusConfig, row: dict[str, Any]) -> str:
+    """The first answer that the aligner is given, its thinking apart; a stand-in for one that is yet to be made."""
+    if not row.get("stored"):
+        return "(the policy's answer)"
+    return split_reasoning(row["stored"][0], config.policy.reasoning_end)[1]
 
 
 def as_seen(pool: PoolConfig, prompt: Messages | str) -> str:

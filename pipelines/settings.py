@@ -129,6 +129,16 @@ def fingerprint(config: AlignCorpusConfig, kept_types: Mapping[str, str]) -> dic
     }
 
 
+def notes(config: AlignCorpusConfig) -> list[str]:
+    """What whoever uses the rows must know of how they are made, in sentences."""
+    if not config.aligner.ignores_response:
+        return []
+    return [
+        "The aligned text does not depend on the response: with recipe=diffpo, max_iterations=null and num_reserved=0 "
+        "it is what the aligner answers by itself, made once per prompt however many candidates there are."
+    ]
+
+
 def run_record(config: AlignCorpusConfig, source: Input, plan: Plan) -> dict[str, Any]:
     """What runs/<n>.json keeps: enough to make the same rows again, and to tell whether a later run would."""
     made_of = fingerprint(config, plan.kept_types)
@@ -142,6 +152,7 @@ def run_record(config: AlignCorpusConfig, source: Input, plan: Plan) -> dict[str
         "num_units": plan.num_units,
         "num_rows": plan.num_rows,
         "bad_shards": [{"path": shard.path, "reason": shard.reason} for shard in plan.bad_shards],
+        "notes": notes(config),
         "config": resolved(config),
     }
 

@@ -1,6 +1,7 @@
 """How a prompt becomes the token ids that a model reads: chat template once, one BOS, and no tokens by injection."""
 
 import re
+from collections.abc import Iterable
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -30,7 +31,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Messages | str) ->
 
     A chat goes through the tokenizer's chat template once, up to where the answer begins; special tokens are those that
     the template writes. Raw text gets the tokenizer's own special tokens. What a message says is text: strings in it
-    that look like special tokens are read as plain characters.
+    that look like special tokens are read as plain characters. Where the template refuses a system message (Gemma 2's
+    does), it becomes the beginning of the first user message, with an empty line after it.
 
     Raises:
         RowError: `invalid_roles` when the template refuses the chat; `special_token_text` when a message with
@@ -42,11 +44,31 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Messages | str) ->
         if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text brought its own
             del ids[0]
         return ids
-    rendered = _render(tokenizer, [content for _, content in prompt], prompt)
+    prompt, rendered = _render_any(tokenizer, prompt)
     special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     if any(special_ids.intersection(_ids(tokenizer, content)) for _, content in prompt):
         return _encode_guarded(tokenizer, prompt, rendered)
     return _ids(tokenizer, rendered)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template puts behind an assistant's message; None where it puts none.
+
+    An answer ends there whatever the generation config says: fine-tunes come with one that knows nothing but the end of
+    sequence, while their turns end otherwise (Gemma 2's with `<end_of_turn>`, Llama 3's with `<|eot_id|>`).
+
+    Raises ConfigError where the template is broken.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        rendered = _render(tokenizer, (("user", "question"), ("assistant", "placeholder")), to_answer=False)
+    except RowError:
+        return None
+    _, found, rest = rendered.rpartition("placeholder")
+    specials = _specials(tokenizer)
+    match = _any_of(specials).match(rest.lstrip()) if found and specials else None
+    return specials[match.group()] if match else None
 
 
 def check_room(ids: list[int], max_tokens: int, limit: int) -> None:
@@ -71,15 +93,26 @@ def _ids(
     return list(encoded["input_ids"])
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, contents: list[str], prompt: Messages) -> str:
-    """The chat of `prompt`'s roles with these contents, as text."""
+def _render_any(tokenizer: PreTrainedTokenizerBase, chat: Messages) -> tuple[Messages, str]:
+    """The chat as the template takes it, and its text; a system message is folded into the user's where it must be."""
+    try:
+        return chat, _render(tokenizer, chat)
+    except RowError:
+        if [role for role, _ in chat[:2]] != ["system", "user"]:
+            raise
+    folded = (("user", f"{chat[0][1]}\n\n{chat[1][1]}"), *chat[2:])
+    return folded, _render(tokenizer, folded)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, chat: Messages, *, to_answer: bool = True) -> str:
+    """The chat as text; `to_answer` goes on to where the answer begins."""
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"{tokenizer.name_or_path!r} has no chat template: choose a model with one or a recipe that writes raw text"
         )
-    chat = [{"role": role, "content": content} for (role, _), content in zip(prompt, contents, strict=True)]
+    messages = [{"role": role, "content": content} for role, content in chat]
     try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_answer))
     except TemplateSyntaxError as error:
         raise ConfigError(f"the chat template of {tokenizer.name_or_path!r} is broken: {error.message}") from error
     except TemplateError as error:
@@ -95,7 +128,7 @@ def _encode_guarded(tokenizer: PreTrainedTokenizerBase, prompt: Messages, render
     name = "placeholder"
     while any(name in content for _, content in prompt):
         name += "x"
-    held = _render(tokenizer, [f"{PAD}{name}{i}z{PAD}" for i in range(len(prompt))], prompt)
+    held = _render(tokenizer, tuple((role, f"{PAD}{name}{i}z{PAD}") for i, (role, _) in enumerate(prompt)))
     # Split into: template, pad kept on the left, message number, pad kept on the right, template, …
     fields = re.split(f"({PAD})?{name}([0-9]+)z({PAD})?", held)
     parts = [(fields[0], False)]  # text, whether it is a message's
@@ -110,8 +143,8 @@ def _encode_guarded(tokenizer: PreTrainedTokenizerBase, prompt: Messages, render
 
 
 def _encode_parts(tokenizer: PreTrainedTokenizerBase, parts: list[tuple[str, bool]]) -> list[int]:
-    specials = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    pattern = re.compile("|".join(re.escape(text) for text in sorted(specials, key=len, reverse=True)))
+    specials = _specials(tokenizer)
+    pattern = _any_of(specials)
     ids: list[int] = []
     plain = ""
     for text, is_content in parts:
@@ -121,3 +154,12 @@ def _encode_parts(tokenizer: PreTrainedTokenizerBase, parts: list[tuple[str, boo
             plain, end = "", match.end()
         plain += text[end:]
     return ids + _ids(tokenizer, plain, plain=True)
+
+
+def _specials(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Special tokens by their text."""
+    return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))

@@ -17,7 +17,7 @@ from actors.decoding.loop import DecodeLoop, Row
 from actors.decoding.mirror import MirroredForward
 from actors.engines.base import Completion, EngineConfig, EngineStats, Request
 from actors.engines.footprint import longest
-from actors.engines.prompts import check_room, encode_prompt, load_tokenizer
+from actors.engines.prompts import check_room, encode_prompt, end_of_turn, load_tokenizer
 from actors.engines.ranks import Followers
 from actors.engines.torch_model import check_shards, load_model, load_shard
 
@@ -181,4 +181,4 @@ def _eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]
     assert model.generation_config is not None
     ids = model.generation_config.eos_token_id
     eos = set(ids) if isinstance(ids, list) else {ids}
-    return {i for i in (*eos, tokenizer.eos_token_id) if i is not None}
+    return {i for i in (*eos, tokenizer.eos_token_id, end_of_turn(tokenizer)) if i is not None}

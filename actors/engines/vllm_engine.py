@@ -20,7 +20,7 @@ from vllm.v1.executor import Executor
 from actors.contract import ConfigError, RowError
 from actors.engines.base import Completion, EngineConfig, EngineStats, Request
 from actors.engines.process import end_group_with_this_process
-from actors.engines.prompts import check_room, encode_prompt, load_tokenizer
+from actors.engines.prompts import check_room, encode_prompt, end_of_turn, load_tokenizer
 
 TELL_EVERY_TOKENS = 16
 """How often vLLM tells what it has made of a request; often enough for progress lines."""
@@ -44,6 +44,7 @@ class VllmEngine:
         _set_environment(config, num_threads)
         end_group_with_this_process()
         self._tokenizer = load_tokenizer(config.model, config.revision)
+        self._end_of_turn = end_of_turn(self._tokenizer)
         vllm_config = _vllm_config(config)
         self._limit: int = vllm_config.model_config.max_model_len
         self._num_words: int = vllm_config.model_config.get_vocab_size()
@@ -132,6 +133,7 @@ class VllmEngine:
             seed=seed,
             max_tokens=config.max_tokens,
             stop=list(config.stop),
+            stop_token_ids=[] if self._end_of_turn is None else [self._end_of_turn],
             output_kind=RequestOutputKind.DELTA,
         )
 

@@ -7,8 +7,9 @@ from typing import Literal
 from actors.contract import ConfigError, option
 from actors.engines.base import Messages
 from actors.recipes import correction
+from actors.recipes.diffpo import diffpo
 
-RECIPE_VERSIONS = {"rewrite": 1, "aligner": 1, "metaaligner": 1}
+RECIPE_VERSIONS = {"rewrite": 1, "aligner": 1, "metaaligner": 1, "diffpo": 1}
 """Counted up when a recipe makes another input of the same config, so that its runs do not mix with older ones."""
 
 
@@ -16,8 +17,11 @@ RECIPE_VERSIONS = {"rewrite": 1, "aligner": 1, "metaaligner": 1}
 class RecipeConfig:
     """Which input the aligner was made for. A class that inherits this must call `RecipeConfig.__post_init__`."""
 
-    recipe: Literal["rewrite", "aligner", "metaaligner"] = option(
-        "rewrite", "rewrite: any instruct model; aligner: PKU Aligner; metaaligner: MetaAligner", changes_rows=True
+    recipe: Literal["rewrite", "aligner", "metaaligner", "diffpo"] = option(
+        "rewrite",
+        "rewrite: any instruct model; aligner: PKU Aligner; metaaligner: MetaAligner; diffpo: DiffPO, for which the "
+        "response is not a prompt but a draft",
+        changes_rows=True,
     )
     template: str | None = option(
         None,
@@ -60,6 +64,8 @@ def aligner_input(config: RecipeConfig, messages: Messages, answer: str) -> Mess
     Raises:
         RowError: `recipe_failed`, the template cannot be rendered for this row.
     """
+    if config.recipe == "diffpo":
+        return diffpo(messages)
     if config.recipe == "aligner":
         return correction.aligner(messages, answer)
     if config.recipe == "metaaligner":

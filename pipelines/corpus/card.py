@@ -46,6 +46,8 @@ def _card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | None) -
     if run:
         lines += ["", "## Made with", "", "| setting | value |", "|---|---|"]
         lines += [f"| `{key}` | {_cell(value)} |" for key, value in sorted(run["fingerprint"].items())]
+        for note in run.get("notes", []):  # records of earlier versions have none
+            lines += ["", note]
     lines += [
         "",
         "## Read it",

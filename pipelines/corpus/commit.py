@@ -46,21 +46,19 @@ class Committer:
     fingerprint: str
 
     def __call__(self, packed: pa.Table) -> pa.Table:
-        """Commit one packed unit. Returns one row: unit, rows, quarantined, changed, whether this call's copy won."""
+        """Commit one packed unit. Returns one row: unit, rows, quarantined, won (this call's copy did), `_aligning`."""
         unit = Unit.named(label(packed, "unit"))
         shard = json.loads(label(packed, "shard"))
         table = self._table(unit, shard, unpack(packed))
         facts = self._facts(unit, shard, table)
         won = write_unit(self.output, unit, table, facts)
-        changed = _num_changed(table)
         return pa.table(
             {
                 "unit": [unit.name],
                 "rows": [unit.num_rows],
                 "quarantined": [facts["num_quarantined"]],
-                "candidates": [changed[0]],
-                "changed": [changed[1]],
                 "won": [won],
+                **_aligning(table),
             }
         )
 
@@ -131,10 +129,20 @@ def write_unit(output: Storage, unit: Unit, table: pa.Table, facts: dict[str, An
     return output.create_file(unit.path, write)
 
 
-def _num_changed(table: pa.Table) -> tuple[int, int]:
-    """(candidates that were aligned, those whose text changed)."""
-    flags = table["aligned"].combine_chunks().flatten().field("changed")
-    return len(flags) - flags.null_count, int(pc.sum(flags).as_py() or 0)
+def _aligning(table: pa.Table) -> dict[str, Any]:
+    """Columns of one row: `candidates` that were aligned, and those whose text `changed`; of those that a parallel
+    decoder made, the `iterations` of each (int32), their `tokens`, and how many of these were guesses it `accepted`."""
+    aligned = table["aligned"].combine_chunks().flatten()
+    changed = aligned.field("changed")
+    decoded = aligned.filter(aligned.field("iterations").is_valid())
+    iterations = decoded.field("iterations")
+    return {
+        "candidates": [len(changed) - changed.null_count],
+        "changed": [int(pc.sum(changed).as_py() or 0)],
+        "iterations": pa.ListArray.from_arrays(pa.array([0, len(iterations)], pa.int32()), iterations),
+        "tokens": [int(pc.sum(decoded.field("num_tokens")).as_py() or 0)],
+        "accepted": [int(pc.sum(decoded.field("accepted")).as_py() or 0)],
+    }
 
 
 def unit_facts(output: Storage, unit: Unit, size: int) -> dict[str, Any]:

@@ -28,8 +28,9 @@ class Scripted:
         if "fail" in text and not ("once" in text and request.seed % 2):
             raise RowError("prompt_too_long", "9 prompt tokens")
         if "blank" in text:
-            return Completion("  \n", "stop", 1, 1)
-        return Completion(f" {text} [{request.seed}] ", "stop", 5, 3)
+            return Completion("  \n", "stop", 1, 1, iterations=1, accepted=0)
+        decoded = {} if request.draft is None else {"iterations": 2, "accepted": 1}
+        return Completion(f" {text} [{request.seed}] ", "stop", 5, 3, **decoded)
 
     def stats(self) -> EngineStats:
         return EngineStats(0, 0, 0)
@@ -204,6 +205,105 @@ def test_an_aligners_thinking_is_kept_apart_too(engine: Scripted) -> None:
     (row,) = run(unit_of(["hello"]), policy(), aligner(template="<think>let me see</think>{{ answer }}"))
     assert row["aligned"][0]["reasoning"] == "let me see"
     assert row["aligned"][0]["text"].startswith("hello [")
+
+
+def test_what_a_parallel_decoder_took_is_kept_of_the_answers_it_made(engine: Scripted) -> None:
+    stored = pa.array([["one", "blank"]], pa.list_(pa.string()))
+    (row,) = run(unit_of(["hello"], stored=stored), policy(engine="stored"), aligner(template="{{ answer }}"))
+    assert [(each["status"], each["iterations"], each["accepted"]) for each in row["aligned"]] == [
+        ("ok", 2, 1),
+        ("failed", None, None),
+    ]
+    assert [request.draft for request in engine.requests] == ["one", "blank"]
+
+
+# --- diffpo -----------------------------------------------------------------------------------------------------------
+
+
+def aligned_by_diffpo(stored: list[str], **keys: Any) -> list[dict[str, Any]]:
+    """The aligned candidates of one prompt that has these answers."""
+    answers = pa.array([stored], pa.list_(pa.string()))
+    (row,) = run(unit_of(["hello"], stored=answers), policy(engine="stored"), aligner(recipe="diffpo", **keys))
+    found: list[dict[str, Any]] = row["aligned"]
+    assert [each["seed"] for each in found] == [
+        candidate_seed(7, "id-hello", number, "aligner") for number in range(len(stored))
+    ]
+    return found
+
+
+def test_a_text_that_no_response_can_change_is_made_once_a_prompt(engine: Scripted) -> None:
+    seeds = [candidate_seed(7, "id-hello", number, "aligner") for number in range(4)]
+    text = f"hello [{seeds[1]}]"
+    aligned = aligned_by_diffpo(["", "one", text, "three"])
+    assert [(request.prompt, request.seed, request.draft) for request in engine.requests] == [
+        ((("user", "hello"),), seeds[1], "one")
+    ]
+    assert [(each["text"], each["changed"]) for each in aligned] == [
+        ("", None),
+        (text, True),
+        (text, False),
+        (text, True),
+    ]
+    assert [(each["iterations"], each["accepted"], each["num_tokens"]) for each in aligned] == [
+        (None, None, None),
+        (2, 1, 3),
+        (None, None, 3),
+        (None, None, 3),
+    ]
+
+
+def test_a_text_that_cannot_be_made_fails_all_that_would_share_it(engine: Scripted) -> None:
+    stored = pa.array([["one", "two"]], pa.list_(pa.string()))
+    (row,) = run(unit_of(["fail"], stored=stored), policy(engine="stored"), aligner(recipe="diffpo"))
+    assert [(each["error"], each["changed"]) for each in row["aligned"]] == [
+        ("prompt_too_long: 9 prompt tokens", None)
+    ] * 2
+    assert (row["problem"]["stage"], row["problem"]["cause"], len(engine.requests)) == ("aligner", "prompt_too_long", 1)
+
+
+@pytest.mark.parametrize("keys", [{"max_iterations": 3}, {"num_reserved": 1}])
+def test_every_response_is_decoded_where_it_can_change_the_text(engine: Scripted, keys: dict[str, Any]) -> None:
+    aligned = aligned_by_diffpo(["one", "two"], **keys)
+    assert [request.draft for request in engine.requests] == ["one", "two"]
+    assert [each["iterations"] for each in aligned] == [2, 2]
+
+
+def test_stored_answers_stay_as_they_are_whatever_the_recipe(engine: Scripted) -> None:
+    assert [each["text"] for each in aligned_by_diffpo(["one", "two"], engine="stored")] == ["one", "two"]
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"max_iterations": 3}, "max_iterations is read by recipe=diffpo only; with recipe=rewrite it must be null"),
+        ({"num_reserved": 3}, "num_reserved is read by recipe=diffpo only; with recipe=rewrite it must be 0"),
+        (
+            {"random_reserved": True, "recipe": "aligner"},
+            "random_reserved is read by recipe=diffpo only; with recipe=aligner it must be false",
+        ),
+        (
+            {"recipe": "diffpo", "temperature": 0.7},
+            "recipe=diffpo decodes greedily: temperature must be 0, got 0.7",
+        ),
+        (
+            {"recipe": "diffpo", "engine": "openai", "num_reserved": 1},
+            "num_reserved has no effect with engine=openai: it is for torch and vllm",
+        ),
+        (
+            {"recipe": "diffpo", "num_reserved": 8, "max_tokens": 8},
+            "num_reserved must be at most max_tokens - 1 = 7, got 8",
+        ),
+        (
+            {"recipe": "diffpo", "random_reserved": True},
+            "random_reserved draws from 0 to num_reserved: set num_reserved to 1 or more",
+        ),
+    ],
+)
+def test_keys_of_diffpo_that_would_have_no_effect_are_refused(keys: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        AlignerConfig(model="a", **keys)
+    assert str(error.value) == told
 
 
 def test_the_cause_of_a_lost_row_is_that_of_the_candidate_that_went_furthest() -> None:

@@ -189,8 +189,14 @@ def manifests(root: Path) -> list[dict[str, Any]]:
 
 
 def corpus(root: Path) -> list[Row]:
-    """Every published row, as the manifests list them, in their order. Raises AssertionError where they do not hold."""
-    return [row for manifest in manifests(root) for row in partition(root, manifest, "corpus")]
+    """What is promised of every published row, in the order of the manifests. Raises AssertionError where they lie."""
+    return [promised(row) for manifest in manifests(root) for row in partition(root, manifest, "corpus")]
+
+
+def promised(row: Row) -> Row:
+    """A row without what its decoding took: how far a forward pass comes depends on what else is in the batch."""
+    kept = [{name: each[name] for name in each if name not in ("iterations", "accepted")} for each in row["aligned"]]
+    return {**row, "aligned": kept}
 
 
 def quarantine(root: Path) -> list[Row]:

@@ -28,7 +28,7 @@ from pipelines.corpus.state import read_state
 from pipelines.corpus.storage import Storage
 from pipelines.settings import AlignCorpusConfig, pin_models
 from tests.end_to_end.conftest import RayHead, Reference, write_prompts
-from tests.end_to_end.jobs import CommandLine, Row, by_place, corpus
+from tests.end_to_end.jobs import CommandLine, Row, by_place, corpus, promised
 
 # The run differs from `reference` in all that may differ; `test_nothing_else...` below tells which of it mattered.
 VARIED = [
@@ -159,7 +159,7 @@ async def aligned(config: AlignCorpusConfig, units: list[Any]) -> list[Row]:
     for stage in (policy, aligner):
         stage._engine.close()
     names = ("prompt_id", "prompt", "responses", "aligned", "source", "topic")
-    return [{name: row[name] for name in names} for row in rows]
+    return [promised({name: row[name] for name in names}) for row in rows]
 
 
 def test_stages_in_this_process_make_the_same_rows(rows_of: Callable[[Cut], list[Row]], reference: Reference) -> None:

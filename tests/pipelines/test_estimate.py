@@ -1,5 +1,6 @@
 """What a dry run reckons: tokens against exact counts, samples against the whole, time and cost against arithmetic."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,25 @@ def test_no_answer_makes_the_aligners_prompt_longer_than_the_bound(answer: str, 
     actual = count(model, f"How? {answer.replace('{{ answer }}', longest)}")
     assert actual <= found.lengths[0] <= actual + 8
     assert found.num_prompt_tokens == sum(found.lengths)
+
+
+@pytest.mark.parametrize(("max_iterations", "num_answers"), [(None, 1), (6, 3)])
+def test_a_diffpo_aligner_reads_the_chat_alone_and_once(
+    max_iterations: int | None, num_answers: int, model: str
+) -> None:
+    aligner = AlignerConfig(model=model, max_tokens=8, recipe="diffpo", max_iterations=max_iterations)
+    policy = PolicyConfig(model=model, max_tokens=16, num_candidates=2)
+    config = config_of(model, policy=policy, policies=[replace(policy, num_candidates=1)], aligner=aligner)
+    found = estimate.tokens(config, "aligner", [row("How?"), row(None)], 2)
+    assert (found.lengths, found.num_prompt_tokens) == ((count(model, "How?"),), count(model, "How?"))
+    assert (found.num_answers, found.is_bound) == (num_answers, False)
+
+
+def test_a_prompt_without_answers_asks_nothing_of_a_diffpo_aligner(model: str) -> None:
+    policy = PolicyConfig(model="label", engine="stored")
+    aligner = AlignerConfig(model=model, max_tokens=8, recipe="diffpo")
+    config = config_of(model, policy=policy, aligner=aligner, input=InputConfig(path="in", response_column="response"))
+    assert estimate.tokens(config, "aligner", [row("How?", [""]), row("Why?", ["So."])], 2).num_answers == 1
 
 
 def test_prompts_without_room_are_counted_and_left_out(model: str) -> None:
@@ -306,3 +326,29 @@ def test_a_prompt_that_cannot_be_made_is_shown_with_its_reason(
     text = told(config_of(model, aligner=aligner), tmp_path, None, capsys)
     assert "aligner: 200 of 200 rows do not make a prompt\n" in text
     assert "as the aligner sees it:\n  (not at all: recipe_failed: template: ZeroDivisionError" in text
+
+
+@pytest.mark.parametrize("max_iterations", [None, 6])
+def test_the_draft_of_a_diffpo_aligner_is_shown_below_its_prompt(
+    max_iterations: int | None, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aligner = AlignerConfig(model=model, max_tokens=8, recipe="diffpo", max_iterations=max_iterations)
+    text = told(config_of(model, aligner=aligner), tmp_path, None, capsys)
+    seen = r"as the aligner sees it:\n  <\|im_start\|>user\n  How\?<\|im_end\|>\n  <\|im_start\|>assistant\s+\S+, "
+    assert len(re.findall(seen + r"where the aligner begins:\n  \(the policy's answer\)\n", text)) == 2
+    assert ("note: The aligned text does not depend on the response" in text) == (max_iterations is None)
+
+
+def test_a_stored_answer_is_shown_as_the_aligner_is_given_it(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.write_table(
+        pa.table({"prompt": ["How?"], "response": [["<think>Hm.</think>So.", "So?"]]}), tmp_path / "a.parquet"
+    )
+    given = InputConfig(path=str(tmp_path), response_column="response")
+    aligner = AlignerConfig(model=model, max_tokens=8, recipe="diffpo", max_iterations=6)
+    config = config_of(model, policy=PolicyConfig(model="label", engine="stored"), aligner=aligner, input=given)
+    source = Input(given.path)
+    plan = plan_of(source, given, Storage(str(tmp_path / "out")))
+    report.print_dry_run(config, source, plan, "d", None)
+    assert capsys.readouterr().out.endswith(", where the aligner begins:\n  So.\n")

@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipelines.progress import STALLED, PoolTotals, Tally, _lines
+from pipelines.report import print_throughput
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +36,31 @@ def test_a_line_a_pool_and_one_for_what_is_committed(
         "aligner: starting",
         "committed: 20/100 rows, 3 quarantined, ETA 0:01:20",
     ]
+
+
+def report(**counts: Any) -> dict[str, Any]:
+    """A row of the committer's."""
+    none = {"rows": 4, "quarantined": 0, "candidates": 4, "changed": 3, "iterations": [], "tokens": 0, "accepted": 0}
+    return {**none, **counts}
+
+
+def test_at_the_end_it_is_told_how_far_a_forward_pass_came(capsys: pytest.CaptureFixture[str]) -> None:
+    tally = Tally()
+    tally.add(report(iterations=[2, 2, 8], tokens=30, accepted=20))
+    tally.add(report(iterations=[1, 9, 16, 17, 65], tokens=150, accepted=95))
+    print_throughput({}, tally, seconds=2.0)
+    assert capsys.readouterr().out.splitlines() == [
+        "made: 2 units, 8 rows in 2.0 s; 75.0% of answers changed",
+        "aligner: 1.50 tokens per forward pass and answer, 63.9% of them accepted guesses",
+        "aligner: answers by forward passes: 1: 1, 2: 2, 8: 1, 9-16: 2, 17-32: 1, 65-128: 1",
+    ]
+
+
+def test_where_one_token_is_made_at_a_time_nothing_is_told_of_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    tally = Tally()
+    tally.add(report())
+    print_throughput({}, tally, seconds=2.0)
+    assert capsys.readouterr().out == "made: 1 units, 4 rows in 2.0 s; 75.0% of answers changed\n"
 
 
 def test_a_stall_ends_the_process_with_a_diagnosis() -> None:

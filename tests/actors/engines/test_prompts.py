@@ -97,13 +97,13 @@ def test_template_that_rewrites_contents_refuses_special_text(own: PreTrainedTok
     assert caught.value.cause == "special_token_text"
 
 
-def test_template_that_refuses_a_role_fails_the_row(own: PreTrainedTokenizerBase) -> None:
-    own.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}ok"
-    )
-    with pytest.raises(RowError, match="System role not supported") as caught:
-        encode_prompt(own, (("system", "Be plain."), ("user", "Hi")))
-    assert caught.value.cause == "invalid_roles"
+def test_template_that_refuses_a_chat_fails_the_row(own: PreTrainedTokenizerBase) -> None:
+    own.chat_template = "{% if messages | length > 1 %}{{ raise_exception('One message only') }}{% endif %}ok"
+    chat = (("user", "Hi"), ("assistant", "Hello."), ("user", "Why?"))
+    for refused in (chat, (("system", "Be plain."), *chat)):
+        with pytest.raises(RowError, match="One message only") as caught:
+            encode_prompt(own, refused)
+        assert caught.value.cause == "invalid_roles"
 
 
 def test_chat_without_template_is_a_config_error(own: PreTrainedTokenizerBase) -> None:

@@ -22,23 +22,28 @@ from actors.engines import build_engine
 from actors.engines.base import EngineConfig, Request
 from actors.engines.hosted import HostedEngine
 from actors.engines.torch_engine import TorchEngine
-from tests.tiny_models import build_tiny_llama
+from tests.tiny_models import CHAT_TEMPLATE, build_tiny_llama
 
 ROOT = Path(__file__).parents[3]
 TIMEOUT = 300  # seconds; a hang fails instead of stalling the suite
 STOP = ["th", "é"]
+TURN_END = "pful"  # a token that the tiny model often makes
 BEYOND = "beyond the model"  # the tokenizer knows it as one token, the model has no row for it
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama whose answers end in every way: ten further tokens count as its end of sequence."""
+    """A tiny Llama whose answers end in every way: ten further tokens count as its end of sequence, and its template
+    ends turns with one more."""
     from transformers import AutoTokenizer
 
     folder = build_tiny_llama(tmp_path_factory.mktemp("vllm"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, *range(300, 310)]}))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([BEYOND])
+    tokenizer.add_special_tokens({"additional_special_tokens": [TURN_END]})
+    ends = f"{{{{ '{TURN_END}' if message.role == 'assistant' else '<|im_end|>' }}}}"
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|im_end|>", ends)
     tokenizer.save_pretrained(folder)
     return folder
 

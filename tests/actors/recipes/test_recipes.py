@@ -58,6 +58,11 @@ def test_template_variables_and_trailing_newline() -> None:
     assert aligner_input(config, MANY, "a & <b>") == (("user", "What is 2 + 2?|3|user|a & <b>\n"),)
 
 
+@pytest.mark.parametrize("messages", [ONE, MANY])
+def test_diffpo_reads_the_chat_and_not_the_answer(messages: Messages) -> None:
+    assert aligner_input(RecipeConfig(recipe="diffpo"), messages, "5") == messages
+
+
 @pytest.mark.parametrize("recipe", ["rewrite", "aligner", "metaaligner"])
 def test_prompts_and_answers_are_never_evaluated(recipe: str) -> None:
     config = RecipeConfig(recipe=recipe)  # type: ignore[arg-type]
@@ -107,9 +112,10 @@ def test_a_template_file_becomes_its_text(tmp_path: Path) -> None:
     assert replace(config) == config  # the text is not taken for a path again
 
 
-def test_a_template_that_no_recipe_would_read_is_refused() -> None:
+@pytest.mark.parametrize("recipe", ["aligner", "metaaligner", "diffpo"])
+def test_a_template_that_no_recipe_would_read_is_refused(recipe: str) -> None:
     with pytest.raises(ConfigError, match="template is read by recipe=rewrite only"):
-        RecipeConfig(recipe="aligner", template="{{ answer }}")
+        RecipeConfig(recipe=recipe, template="{{ answer }}")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("aspects", [[], ["Honesty", " "]])

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actors.contract import pack, unpack
+from actors.contract import ALIGNED_LIST, pack, unpack, with_column
 from pipelines.corpus import schema
 from pipelines.corpus.commit import METADATA_KEY, Committer, unit_facts
 from pipelines.corpus.parquet import Damaged
@@ -71,8 +71,25 @@ def test_a_unit_file_holds_every_input_row_and_what_is_known_of_them(source: Inp
     assert (facts["num_rows"], facts["num_quarantined"], facts["run"], facts["fingerprint"]) == (4, 2, 3, "abc")
     assert facts["causes"] == {"null_prompt": 1, "empty_prompt": 1}
     assert told == [
-        {"unit": name.removesuffix(".parquet"), "rows": 4, "quarantined": 2, "candidates": 2, "changed": 2, "won": True}
-    ]
+        {
+            "unit": name.removesuffix(".parquet"), "rows": 4, "quarantined": 2, "won": True, "candidates": 2,
+            "changed": 2, "iterations": [], "tokens": 0, "accepted": 0,
+        }
+    ]  # fmt: skip
+
+
+def test_a_commit_tells_how_its_answers_were_aligned(source: Input, local_output: Storage) -> None:
+    packed = packed_unit(source, local_output)
+    aligned = unpack(packed)["aligned"].to_pylist()
+    assert [row is None for row in aligned] == [False, True, False, True]
+    (made,) = aligned[0]  # 4 tokens
+    decoded = {**made, "iterations": 3, "accepted": 2, "num_tokens": 6, "changed": False}
+    failed = {**made, "status": "failed", "changed": None, "num_tokens": None}
+    aligned[0] = [decoded, {**decoded, "iterations": 5, "num_tokens": 5, "accepted": 0}, failed]
+    packed = with_column(packed, "aligned", pa.array(aligned, ALIGNED_LIST))
+    (told,) = committer(source, local_output)(packed).to_pylist()
+    assert (told["candidates"], told["changed"]) == (3, 1)
+    assert (told["iterations"], told["tokens"], told["accepted"]) == ([3, 5], 11, 2)
 
 
 def test_a_second_copy_of_a_unit_loses_and_the_first_ones_rows_stay(output: Storage, source: Input) -> None:
