@@ -1,10 +1,15 @@
 """cluster.yaml and conf/cluster: what Ray's launcher and KubeRay say of them, and what must never be open."""
 
+import importlib
 import json
 import re
 import shlex
+import sys
+from collections.abc import Iterator
+from copy import deepcopy
 from importlib.metadata import requires
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -36,14 +41,59 @@ def cluster() -> dict[str, Any]:
     return loaded
 
 
+@pytest.fixture(scope="module")
+def account() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((KUBERNETES / "aws.yaml").read_text())
+    return loaded
+
+
 def test_rays_launcher_accepts_it(cluster: dict[str, Any]) -> None:
     validate_config(prepare_config(cluster))
 
 
-def test_only_ssh_is_open_and_not_to_the_world(cluster: dict[str, Any]) -> None:
-    (rule,) = cluster["provider"]["security_group"]["IpPermissions"]
-    assert (rule["FromPort"], rule["ToPort"]) == (22, 22)
-    assert all(not each["CidrIp"].endswith("/0") for each in rule["IpRanges"])
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Ray's launcher for AWS with a boto3 that is empty: what it would look up or make there is an AttributeError."""
+    for name, members in {
+        "boto3": {"__version__": "1.43"},
+        "boto3.exceptions": {"ResourceNotExistsError": Exception},
+        "boto3.resources": {},
+        "boto3.resources.base": {"ServiceResource": object},
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    before = set(sys.modules)
+    yield importlib.import_module("ray.autoscaler._private.aws.config")
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def test_ray_makes_no_security_group_of_its_own(cluster: dict[str, Any], launcher: ModuleType) -> None:
+    assert launcher._create_default_ssh_inbound_rules()[0]["IpRanges"] == [{"CidrIp": "0.0.0.0/0"}], "why"
+    assert launcher._configure_security_group(deepcopy(cluster)) == cluster
+    for name in cluster["available_node_types"]:
+        without = deepcopy(cluster)
+        del without["available_node_types"][name]["node_config"]["SecurityGroupIds"]
+        with pytest.raises(AttributeError, match="'boto3'"):
+            launcher._configure_security_group(without)
+
+
+def test_only_ssh_is_open_and_not_to_the_world(cluster: dict[str, Any], account: dict[str, Any]) -> None:
+    group = account["Resources"]["Nodes"]["Properties"]
+    (rule,) = group["SecurityGroupIngress"]
+    assert (rule["IpProtocol"], rule["FromPort"], rule["ToPort"], rule["CidrIp"]) == ("tcp", 22, 22, {"Ref": "SshFrom"})
+    pattern = account["Parameters"]["SshFrom"]["AllowedPattern"]
+    for cidr, allowed in {
+        "203.0.113.0/24": True,
+        "198.51.100.7/32": True,
+        "0.0.0.0/0": False,
+        "0.0.0.0/00": False,
+    }.items():
+        assert bool(re.fullmatch(pattern, cidr)) == allowed
+    among = account["Resources"]["AmongNodes"]["Properties"]
+    assert among["SourceSecurityGroupId"] == among["GroupId"] == {"Fn::GetAtt": ["Nodes", "GroupId"]}
+    assert not {"CidrIp", "CidrIpv6"} & set(among)
     assert any("--dashboard-host=127.0.0.1" in command for command in cluster["head_start_ray_commands"])
 
 
@@ -60,7 +110,7 @@ def test_the_gpu_groups_carry_the_labels_that_the_pools_select(cluster: dict[str
     assert groups["policy"]["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
     assert "InstanceMarketOptions" not in groups["aligner"]["node_config"]
     assert groups["head"]["resources"] == {"CPU": 0}
-    text = CLUSTER.read_text()
+    text = (ROOT / "README.md").read_text()
     assert "policy.label_selector.burnish=policy" in text
     assert "aligner.label_selector.burnish=aligner" in text
 
