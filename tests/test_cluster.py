@@ -79,6 +79,24 @@ def test_ray_makes_no_security_group_of_its_own(cluster: dict[str, Any], launche
             launcher._configure_security_group(without)
 
 
+def test_no_node_takes_the_old_image_that_ray_would_give_it(cluster: dict[str, Any], launcher: ModuleType) -> None:
+    config = deepcopy(cluster)
+    launcher._check_ami(config)  # fills in what is missing
+    assert config == cluster
+    for group in cluster["available_node_types"].values():
+        assert re.fullmatch(
+            r"resolve:ssm:/aws/service/deeplearning/ami/x86_64/\S+-nvidia-driver-gpu-ubuntu-24\.04/latest/ami-id",
+            group["node_config"]["ImageId"],
+        )
+
+
+def test_no_command_installs_into_the_python_of_the_image(cluster: dict[str, Any]) -> None:
+    commands = cluster["setup_commands"]
+    assert not any(re.search(r"\bpip3? install", command) and "uv pip" not in command for command in commands)
+    (install,) = [command for command in commands if "uv pip install" in command]
+    assert "--python ~/venv/bin/python" in install
+
+
 def test_only_ssh_is_open_and_not_to_the_world(cluster: dict[str, Any], account: dict[str, Any]) -> None:
     group = account["Resources"]["Nodes"]["Properties"]
     (rule,) = group["SecurityGroupIngress"]
