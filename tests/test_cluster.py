@@ -4,7 +4,9 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from copy import deepcopy
 from importlib.metadata import requires
@@ -43,7 +45,9 @@ def cluster() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def account() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load((KUBERNETES / "aws.yaml").read_text())
+    text = (KUBERNETES / "aws.yaml").read_text()
+    assert not any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)), "CloudFormation takes none"
+    loaded: dict[str, Any] = yaml.safe_load(text)
     return loaded
 
 
@@ -77,6 +81,43 @@ def test_ray_makes_no_security_group_of_its_own(cluster: dict[str, Any], launche
         del without["available_node_types"][name]["node_config"]["SecurityGroupIds"]
         with pytest.raises(AttributeError, match="'boto3'"):
             launcher._configure_security_group(without)
+
+
+def test_every_node_may_reach_the_storage_and_the_head_may_start_workers(
+    cluster: dict[str, Any], account: dict[str, Any], launcher: ModuleType
+) -> None:
+    assert launcher._configure_iam_role(deepcopy(cluster)) == cluster, "Ray makes none, which only the head would have"
+    resources = account["Resources"]
+    profiles = {
+        each["Properties"]["InstanceProfileName"]: each["Properties"]["Roles"][0]["Ref"]
+        for each in resources.values()
+        if each["Type"] == "AWS::IAM::InstanceProfile"
+    }
+    roles = {
+        name: profiles[group["node_config"]["IamInstanceProfile"]["Name"]]
+        for name, group in cluster["available_node_types"].items()
+    }
+    assert roles == {"head": "HeadRole", "policy": "WorkerRole", "aligner": "WorkerRole"}
+    assert all({"Ref": "Storage"} in resources[role]["Properties"]["ManagedPolicyArns"] for role in roles.values())
+    assert resources["WorkerRole"]["Properties"]["ManagedPolicyArns"] == [{"Ref": "Storage"}], "and no more than that"
+    (policy,) = resources["HeadRole"]["Properties"]["Policies"]
+    passes, looks_up = policy["PolicyDocument"]["Statement"]
+    assert (passes["Action"], passes["Resource"]) == ("iam:PassRole", {"Fn::GetAtt": ["WorkerRole", "Arn"]})
+    assert looks_up["Action"] == "ssm:GetParameters"
+
+
+def test_every_node_gets_the_token_for_gated_models_where_the_hub_looks_for_it(cluster: dict[str, Any]) -> None:
+    code = "from huggingface_hub.constants import HF_TOKEN_PATH; print(HF_TOKEN_PATH)"
+    done = subprocess.run([sys.executable, "-c", code], env={"HOME": "/home/ubuntu"}, capture_output=True, check=True)
+    looks = done.stdout.decode().strip()
+    assert looks in [remote.replace("~", "/home/ubuntu") for remote in cluster["file_mounts"]]
+
+
+def test_the_head_has_what_rays_autoscaler_needs(cluster: dict[str, Any]) -> None:
+    (install,) = [command for command in cluster["setup_commands"] if "uv pip install" in command]
+    (extras,) = re.findall(r"\.\[(\S+)\]", install)
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "boto3" in [name for extra in extras.split(",") for name in declared[extra]]
 
 
 def test_no_node_takes_the_old_image_that_ray_would_give_it(cluster: dict[str, Any], launcher: ModuleType) -> None:
