@@ -156,6 +156,16 @@ def test_only_ssh_is_open_and_not_to_the_world(cluster: dict[str, Any], account:
     assert any("--dashboard-host=127.0.0.1" in command for command in cluster["head_start_ray_commands"])
 
 
+def test_the_readme_installs_what_is_pinned_and_waits_for_the_tunnel() -> None:
+    commands = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = "\n".join(commands).splitlines()
+    installs = [line for line in lines if re.search(r"pip install .*\.\[", line)]
+    assert len(installs) == 2 and all("-c conf/constraints.txt" in line for line in installs)
+    (tunnel,) = [position for position, line in enumerate(lines) if line.startswith("ray dashboard")]
+    assert lines[tunnel].endswith("&") and lines[tunnel + 1].startswith("until curl"), "it takes seconds to stand"
+    assert lines[tunnel + 2].startswith("ray job submit")
+
+
 def test_every_node_starts_ray_with_token_authentication(cluster: dict[str, Any]) -> None:
     for commands in (cluster["head_start_ray_commands"], cluster["worker_start_ray_commands"]):
         assert all("RAY_AUTH_MODE=token" in command for command in commands if "ray start" in command)
