@@ -158,12 +158,12 @@ def test_followers_end_with_rank_0(sampling: HostedEngine) -> None:
 @torch.inference_mode()
 def logits_of(forward: Forward) -> list[torch.Tensor]:
     """Of a block of positions per row, then of one each, behind a prefill that is longer than every window."""
-    tokens = torch.randint(3, 512, (3, 30), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(3, 512, (3, 30), generator=torch.Generator().manual_seed(0)).tolist()
     forward.cache.resize(3, 64, used=0)
-    forward(0, tokens[:, :20], [0, 0, 0], num_logits=0)
-    block = forward(0, tokens[:, 20:26], [20, 11, 17], num_logits=6)
+    forward(0, [row[:20] for row in tokens], [0, 0, 0], [0, 0, 0])
+    block = forward(0, [tokens[0][20:26], tokens[1][20:21], tokens[2][20:26]], [20, 11, 17], [6, 1, 3])
     forward.cache.copy(2, 1, 23)
-    one = forward(0, tokens[:, 26:27], [26, 23, 23], num_logits=1)
+    one = forward(0, [row[26:27] for row in tokens], [26, 23, 23], [1, 1, 1])
     assert block is not None and one is not None
     return [block, one]
 
