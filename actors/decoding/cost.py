@@ -21,7 +21,8 @@ from actors.decoding.sampling import greedy
 LEAST_CHANCE = 0.01  # below it no guess is made, even where it seems to be free
 CONTEXT = 128  # tokens; what the measured rows have in the cache
 REPEATS = 3
-FAR = 4.0  # times the seconds of one position a row; beyond it the curve is straight
+FAR = 3.0  # times the seconds of one position a row; beyond it the curve is straight
+SKEW = 4  # times the average: no row gets more positions, since attention pads the others to the longest
 
 
 class StepCost:
@@ -52,33 +53,40 @@ class StepCost:
 
     @classmethod
     @torch.inference_mode()
-    def measure(cls, forward: Forward, max_num_seqs: int, block_size: int, max_positions: int) -> "StepCost":
-        """Time forwards of 1, 2, 4, … positions a row, for 1, 4, 16, … and `max_num_seqs` rows.
+    def measure(
+        cls, forward: Forward, *, max_num_seqs: int, block_size: int, max_positions: int, kv_cache_tokens: int
+    ) -> "StepCost":
+        """Time forwards of 1, 2, 4, … positions a row, for 1, 8, 64, … and `max_num_seqs` rows.
 
         Nothing may be in the cache yet, and nothing is afterwards.
 
         Args:
-            max_positions: bound on the positions of a row, cached or not.
+            max_positions: bound on the positions of a row.
+            kv_cache_tokens: bound on rows x positions; more rows than that allows are not measured.
         """
-        context = max(0, min(CONTEXT, max_positions - block_size))
-        counts = [*(rows for rows in (4**i for i in range(8)) if rows < max_num_seqs), max_num_seqs]
+        block_size = min(block_size, max_positions)
+        context = min(CONTEXT, max_positions - block_size)
+        counts = [rows for rows in {1, 8, 64, 512, max_num_seqs} if rows <= max_num_seqs]
         table: dict[int, dict[int, float]] = {}
         for rows in counts:
+            if rows > 1 and rows * (context + block_size) > kv_cache_tokens:
+                continue
             forward.cache.resize(rows, context + block_size, used=0)
             curve = table[rows] = {}
             for q in (2**i for i in range(block_size.bit_length())):
-                times = []
-                for _ in range(REPEATS + 1):  # the first warms up
-                    begin = time.perf_counter()
-                    logits = forward(0, [[0] * q] * rows, [context] * rows, [q] * rows)
-                    assert logits is not None
-                    greedy(logits).tolist()  # waits for the device
-                    times.append(time.perf_counter() - begin)
-                curve[rows * q] = min(times[1:])
+                curve[rows * q] = min(_seconds(forward, rows, q, context) for _ in range(REPEATS))
                 if curve[rows * q] > FAR * curve[rows] or 2 * rows * q > STEP_TOKENS:
                     break
         forward.cache.resize(0, 0, used=0)
         return cls(table)
+
+
+def _seconds(forward: Forward, rows: int, q: int, context: int) -> float:
+    begin = time.perf_counter()
+    logits = forward(0, [[0] * q] * rows, [context] * rows, [q] * rows)
+    assert logits is not None
+    greedy(logits).tolist()  # waits for the device
+    return time.perf_counter() - begin
 
 
 def block_sizes(chances: Sequence[np.ndarray], cost: StepCost) -> list[int]:
@@ -87,10 +95,12 @@ def block_sizes(chances: Sequence[np.ndarray], cost: StepCost) -> list[int]:
     Args:
         chances: per row, for each guess, that it and all before it are right: falling.
     """
+    rows = len(chances)
     flat = np.concatenate(chances)
-    owner = np.arange(len(chances)).repeat([len(each) for each in chances])
+    owner = np.arange(rows).repeat([len(each) for each in chances])
     order = np.argsort(-flat, kind="stable")[: int((flat >= LEAST_CHANCE).sum())]  # stable: each row's in their order
-    tokens = len(chances) + np.append(0.0, flat[order].cumsum())
-    best = int((tokens / cost.seconds(len(chances), len(order))).argmax())
-    sizes: list[int] = np.bincount(owner[order[:best]], minlength=len(chances)).tolist()
-    return sizes
+    tokens = rows + np.append(0.0, flat[order].cumsum())
+    best = int((tokens / cost.seconds(rows, len(order))).argmax())
+    sizes = np.bincount(owner[order[:best]], minlength=rows)
+    widest: list[int] = sizes.clip(max=SKEW * (rows + best) // rows).tolist()
+    return widest

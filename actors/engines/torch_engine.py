@@ -184,7 +184,11 @@ class TorchEngine:
         if loop.temperature > 0 or loop.block_size == 1:
             return None
         return StepCost.measure(
-            loop.forward, loop.max_num_seqs, loop.block_size, min(self._limit, loop.kv_cache_tokens)
+            loop.forward,
+            max_num_seqs=loop.max_num_seqs,
+            block_size=loop.block_size,
+            max_positions=self._limit,
+            kv_cache_tokens=loop.kv_cache_tokens,
         )
 
     def _exchange(self) -> bool:

@@ -61,13 +61,21 @@ def test_costs_between_and_beyond_what_was_measured() -> None:
     assert cost.seconds(3, 0).tolist() == [pytest.approx(1 / 3 * 2.0 + 2 / 3 * 2.0)]
 
 
+def test_no_row_is_much_longer_than_the_average() -> None:
+    sizes = block_sizes([np.ones(200), *[np.empty(0)] * 31], StepCost({1: {1: 1.0, 1000: 1.0}}))
+    assert 16 <= sizes[0] <= 32
+    assert block_sizes([np.ones(200)], StepCost({1: {1: 1.0, 1000: 1.0}})) == [200]
+
+
 def test_measuring_leaves_no_trace(llama: PreTrainedModel) -> None:
     forward = Forward(llama)
-    cost = StepCost.measure(forward, max_num_seqs=6, block_size=16, max_positions=100)
-    assert list(cost.table) == [1, 4, 6]
+    cost = StepCost.measure(forward, max_num_seqs=6, block_size=16, max_positions=100, kv_cache_tokens=1 << 16)
+    assert list(cost.table) == [1, 6]
     for rows, curve in cost.table.items():
         assert min(curve) == rows
         assert max(curve) <= rows * 16
         assert all(seconds > 0 for seconds in curve.values())
     assert forward.cache.slots == forward.cache.capacity == 0
     assert all(not tensor.numel() for tensor in (*forward.cache.keys, *forward.cache.values))
+    scarce = StepCost.measure(forward, max_num_seqs=6, block_size=16, max_positions=20, kv_cache_tokens=100)
+    assert list(scarce.table) == [1]
