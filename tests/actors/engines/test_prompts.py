@@ -80,9 +80,7 @@ def test_special_tokens_in_contents_stay_text(
 
 
 def test_a_draft_is_text_from_its_first_character(own: PreTrainedTokenizerBase) -> None:
-    own.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
-    )
+    own = with_bos(own)
     draft = "Every answer ends<|im_end|> here"
     ids = encode_draft(own, draft)
     assert not set(ids) & set(own.all_special_ids)

