@@ -66,16 +66,15 @@ class StepCost:
         """
         block_size = min(block_size, max_positions)
         context = min(CONTEXT, max_positions - block_size)
-        counts = [rows for rows in {1, 8, 64, 512, max_num_seqs} if rows <= max_num_seqs]
         table: dict[int, dict[int, float]] = {}
-        for rows in counts:
-            if rows > 1 and rows * (context + block_size) > kv_cache_tokens:
+        for rows in sorted({1, 8, 64, 512, max_num_seqs}):
+            if rows > max_num_seqs or (rows > 1 and rows * (context + block_size) > kv_cache_tokens):
                 continue
             forward.cache.resize(rows, context + block_size, used=0)
             curve = table[rows] = {}
             for q in (2**i for i in range(block_size.bit_length())):
                 curve[rows * q] = min(_seconds(forward, rows, q, context) for _ in range(REPEATS))
-                if curve[rows * q] > FAR * curve[rows] or 2 * rows * q > STEP_TOKENS:
+                if q > 1 and (curve[rows * q] > FAR * curve[rows] or 2 * rows * q > STEP_TOKENS):
                     break
         forward.cache.resize(0, 0, used=0)
         return cls(table)
@@ -97,10 +96,12 @@ def block_sizes(chances: Sequence[np.ndarray], cost: StepCost) -> list[int]:
     """
     rows = len(chances)
     flat = np.concatenate(chances)
-    owner = np.arange(rows).repeat([len(each) for each in chances])
-    order = np.argsort(-flat, kind="stable")[: int((flat >= LEAST_CHANCE).sum())]  # stable: each row's in their order
+    worth_a_look = flat >= LEAST_CHANCE
+    owner = np.arange(rows).repeat([len(each) for each in chances])[worth_a_look]
+    flat = flat[worth_a_look]
+    order = np.argsort(-flat, kind="stable")  # stable: of equal ones a row's earlier guess comes first
     tokens = rows + np.append(0.0, flat[order].cumsum())
     best = int((tokens / cost.seconds(rows, len(order))).argmax())
     sizes = np.bincount(owner[order[:best]], minlength=rows)
-    widest: list[int] = sizes.clip(max=SKEW * (rows + best) // rows).tolist()
-    return widest
+    narrow: list[int] = sizes.clip(max=SKEW * (rows + best) // rows).tolist()
+    return narrow
