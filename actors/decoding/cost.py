@@ -20,7 +20,7 @@ from actors.decoding.sampling import greedy
 
 LEAST_CHANCE = 0.01  # below it no guess is made, even where it seems to be free
 CONTEXT = 128  # tokens; what the measured rows have in the cache
-REPEATS = 3
+SWEEPS = 3
 FAR = 3.0  # times the seconds of one position a row; beyond it the curve is straight
 SKEW = 4  # times the average: no row gets more positions, since attention pads the others to the longest
 
@@ -72,10 +72,12 @@ class StepCost:
                 continue
             forward.cache.resize(rows, context + block_size, used=0)
             curve = table[rows] = {}
-            for q in (2**i for i in range(block_size.bit_length())):
-                curve[rows * q] = min(_seconds(forward, rows, q, context) for _ in range(REPEATS))
-                if q > 1 and (curve[rows * q] > FAR * curve[rows] or 2 * rows * q > STEP_TOKENS):
-                    break
+            for _ in range(SWEEPS):  # not one length after the other: what disturbs one point now spares it later
+                for q in (2**i for i in range(block_size.bit_length())):
+                    seconds = _seconds(forward, rows, q, context)
+                    curve[rows * q] = min(seconds, curve.get(rows * q, seconds))
+                    if q > 1 and (curve[rows * q] > FAR * curve[rows] or 2 * rows * q > STEP_TOKENS):
+                        break
         forward.cache.resize(0, 0, used=0)
         return cls(table)
 

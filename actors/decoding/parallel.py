@@ -22,7 +22,7 @@ START = -1
 """In place of a run: before the first guess."""
 NEAR = 4  # tokens; as far from where it was expected, one token that agrees is a sign, two are anywhere
 LONGEST = 16  # tokens; two places in a draft that agree with the text so far as this are told apart by distance
-PRIOR = np.array([0.2, 0.5, 0.7, 0.8, 0.9, 0.5])  # chance by run: 0 to DEPTH, START
+PRIOR = [0.2, 0.5, 0.7, 0.8, 0.9, 0.5]  # chance by run: 0 to DEPTH, START
 PRIOR_WEIGHT = 4.0  # guesses
 
 
@@ -34,8 +34,8 @@ class Record:
 
     def __init__(self, parent: "Record | None" = None) -> None:
         self.parent = parent
-        self.num_tried = np.zeros(DEPTH + 2)
-        self.num_right = np.zeros(DEPTH + 2)
+        self.num_tried = [0] * len(PRIOR)
+        self.num_right = [0] * len(PRIOR)
 
     def note(self, run: int, right: bool) -> None:
         self.num_tried[run] += 1
@@ -45,15 +45,18 @@ class Record:
 
     def survival(self, run: int, count: int) -> np.ndarray:
         """float64 [count]: the chances that the first 1, 2, … of `count` guesses after this run are all right."""
-        runs = np.minimum(max(run, 0) + np.arange(count), DEPTH)
-        runs[:1] = run
-        survival: np.ndarray = self._chances()[runs].cumprod()
-        return survival
+        chances = self._chances()
+        first = [chances[run], *chances[max(run, 0) + 1 : DEPTH]][:count]
+        survival = np.full(count, chances[DEPTH])
+        survival[: len(first)] = first
+        return survival.cumprod(out=survival)
 
-    def _chances(self) -> np.ndarray:
+    def _chances(self) -> list[float]:
         prior = PRIOR if self.parent is None else self.parent._chances()
-        chances: np.ndarray = (self.num_right + PRIOR_WEIGHT * prior) / (self.num_tried + PRIOR_WEIGHT)
-        return chances
+        return [
+            (right + PRIOR_WEIGHT * chance) / (tried + PRIOR_WEIGHT)
+            for right, tried, chance in zip(self.num_right, self.num_tried, prior, strict=True)
+        ]
 
 
 class Guesser(Protocol):
