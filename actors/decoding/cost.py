@@ -53,23 +53,19 @@ class StepCost:
 
     @classmethod
     @torch.inference_mode()
-    def measure(
-        cls, forward: Forward, *, max_num_seqs: int, block_size: int, max_positions: int, kv_cache_tokens: int
-    ) -> "StepCost":
-        """Time forwards of 1, 2, 4, … positions a row, for 1, 8, 64, … and `max_num_seqs` rows.
+    def measure(cls, forward: Forward, num_rows: int, block_size: int, max_positions: int) -> "StepCost":
+        """Time forwards of 1, 2, 4, … positions a row, for 1, 8, 64, … up to `num_rows` rows.
 
         Nothing may be in the cache yet, and nothing is afterwards.
 
         Args:
-            max_positions: bound on the positions of a row.
-            kv_cache_tokens: bound on rows x positions; more rows than that allows are not measured.
+            block_size: most positions of a row in a forward.
+            max_positions: bound on the positions of a row, those in the cache included.
         """
         block_size = min(block_size, max_positions)
         context = min(CONTEXT, max_positions - block_size)
         table: dict[int, dict[int, float]] = {}
-        for rows in sorted({1, 8, 64, 512, max_num_seqs}):
-            if rows > max_num_seqs or (rows > 1 and rows * (context + block_size) > kv_cache_tokens):
-                continue
+        for rows in sorted({min(rows, num_rows) for rows in (1, 8, 64, 512, num_rows)}):
             forward.cache.resize(rows, context + block_size, used=0)
             curve = table[rows] = {}
             for _ in range(SWEEPS):  # not one length after the other: what disturbs one point now spares it later
