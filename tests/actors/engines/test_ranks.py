@@ -115,7 +115,7 @@ def test_two_ranks_answer_greedily_like_one_whatever_the_draft(greedy: HostedEng
     made = asyncio.run(together(greedy, drafted))
     assert [replace(each, iterations=None, accepted=None) for each in made] == expected
     assert made[0] == expected[0]
-    assert sum(each.accepted for each in made[2:]) > sum(each.iterations for each in made[2:])
+    assert sum(each.accepted for each in made[2:]) > 0
 
 
 def test_two_ranks_sample_like_one(sampling: HostedEngine, llama_folder: Path) -> None:
