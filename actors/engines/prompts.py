@@ -71,6 +71,11 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return specials[match.group()] if match else None
 
 
+def encode_draft(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of an answer as a model would make it: nothing in it is read as a special token, and none is added."""
+    return _ids(tokenizer, text, plain=True)
+
+
 def check_room(ids: list[int], max_tokens: int, limit: int) -> None:
     """Raises RowError `empty_prompt`, or `prompt_too_long` where prompt and answer exceed `limit` tokens."""
     if not ids:

@@ -85,7 +85,6 @@ def test_the_summary_and_the_card_say_that_no_response_matters(denoised: Denoise
     assert NOTE not in reference.completed.stdout + (reference.root / "README.md").read_text()
 
 
-@pytest.mark.xfail(strict=True, reason="the torch engine decodes one position at a time, whatever the draft")
 def test_what_the_decoder_took_is_recorded_and_summed_up(denoised: Denoised) -> None:
     made = [well(row)[0] for row in denoised.rows]
     assert all(1 <= each["iterations"] <= each["num_tokens"] + 2 for each in made)
