@@ -12,7 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from actors.engines.base import EngineConfig, Messages, Request
 from actors.engines.prompts import encode_prompt, end_of_turn, load_tokenizer, render_prompt
@@ -226,7 +226,8 @@ def test_an_answer_ends_with_its_turn_though_the_generation_config_does_not_know
     """Gemma 2's case, its `<end_of_turn>` played by a token that the tiny model happens to make."""
     tokenizer = load_tokenizer(str(llama_folder))
     prompt = encode_prompt(tokenizer, TURNS[:1])
-    whole = llama.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt) :].tolist()
+    plain = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)  # `llama` has our attention
+    whole = plain.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt) :].tolist()
     made_of = tokenizer.convert_ids_to_tokens(whole)
     end = next(token for token in made_of[1:] if token.startswith("Ġ"))  # a space, as BPE has it: in no text as such
     tokenizer.add_special_tokens({"additional_special_tokens": [end]})
