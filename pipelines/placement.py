@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.autoscaler.sdk import request_resources
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
@@ -27,9 +28,14 @@ class Need:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        return f"{self.name}: {self.ask}"
+
+    @property
+    def ask(self) -> str:
+        """What is asked for, without the name."""
         each = f"{self.gpus:g} GPUs and {self.cpus:g} CPUs" if self.gpus else f"{self.cpus:g} CPUs"
         where = "".join(f", on nodes with {label}={value}" for label, value in self.labels.items())
-        return f"{self.name}: {self.count} x {each}{where}"
+        return f"{self.count} x {each}{where}"
 
     def may_run_on(self, node: "Node") -> bool:
         """Whether the node has the labels. Ray's other conditions, `!value` and `in(…)`, are left for Ray to decide."""
@@ -39,24 +45,27 @@ class Need:
 
 @dataclass(frozen=True)
 class Node:
-    """A node, or one that a cluster may still have."""
+    """A node, or one that a cluster may still have, which has no id yet."""
 
     name: str
     cpus: float
     gpus: float
     labels: Mapping[str, str] = field(default_factory=dict)
+    id: str = ""
 
     def __str__(self) -> str:
         labels = "".join(f", {key}={value}" for key, value in self.labels.items() if not key.startswith("ray.io/"))
         return f"{self.name}: {self.gpus:g} GPUs, {self.cpus:g} CPUs{labels}"
 
 
-def left_over(needs: list[Need], nodes: list[Node]) -> list[Need]:
-    """What does not fit, placing the largest first on the fullest node that still has room; [] when all does.
+def fit(needs: list[Need], nodes: list[Node]) -> tuple[dict[str, list[Node]], list[Need]]:
+    """The node of each thing that has a place, by the needs' names, and what has none.
 
-    A pool without GPUs goes to nodes without GPUs where it can, as a replica with GPUs has no such choice.
+    The largest go first, each on the fullest node that still has room.
+    A pool without GPUs so goes to nodes without GPUs where it can, as a replica with GPUs has no such choice.
     """
     cpus, gpus = [node.cpus for node in nodes], [node.gpus for node in nodes]
+    places: dict[str, list[Node]] = {need.name: [] for need in needs}
     missing = []
     for need in sorted(needs, key=lambda need: (need.gpus, need.cpus), reverse=True):
         for placed in range(need.count):
@@ -71,7 +80,24 @@ def left_over(needs: list[Need], nodes: list[Node]) -> list[Need]:
             at = min(room, key=lambda at: (gpus[at], cpus[at]))
             cpus[at] -= need.cpus
             gpus[at] -= need.gpus
-    return missing
+            places[need.name].append(nodes[at])
+    return places, missing
+
+
+def left_over(needs: list[Need], nodes: list[Node]) -> list[Need]:
+    """What does not fit; [] when all does."""
+    return fit(needs, nodes)[1]
+
+
+def node_ids(needs: list[Need]) -> dict[str, list[str]]:
+    """By the needs' names, the id of the node of each thing: Ray, which spreads what it starts, is to do as planned.
+
+    Where all fits into what other jobs leave free, the nodes are chosen by that, else by all that they have.
+    """
+    places, missing = fit(needs, live_nodes(free=True))
+    if missing:
+        places, _ = fit(needs, live_nodes())
+    return {name: [node.id for node in nodes] for name, nodes in places.items()}
 
 
 def refusal(needs: list[Need], nodes: list[Node], why: str) -> ConfigError | None:
@@ -139,14 +165,16 @@ def _status() -> GetClusterStatusReply:
     return reply
 
 
-def live_nodes() -> list[Node]:
-    """The cluster's nodes with all that they have, used or not."""
+def live_nodes(free: bool = False) -> list[Node]:
+    """The cluster's nodes with all that they have, used or not; or with what nobody uses."""
+    unused = available_resources_per_node() if free else {}
     return [
         Node(
             node["NodeManagerAddress"],
-            node["Resources"].get("CPU", 0.0),
-            node["Resources"].get("GPU", 0.0),
+            (has := unused.get(node["NodeID"], {}) if free else node["Resources"]).get("CPU", 0.0),
+            has.get("GPU", 0.0),
             node["Labels"],
+            node["NodeID"],
         )
         for node in ray.nodes()
         if node["Alive"]

@@ -19,7 +19,7 @@ from actors.aligner import AlignerStage
 from actors.board import Board
 from actors.contract import ConfigError, TransientError
 from actors.policy import PolicyStage
-from actors.pool import add_pool
+from actors.pool import add_pool, planned
 from pipelines import report
 from pipelines.corpus.commit import Committer
 from pipelines.corpus.plan import Plan
@@ -27,7 +27,7 @@ from pipelines.corpus.read import UnitSource
 from pipelines.corpus.runs import digest, write_pace
 from pipelines.corpus.shards import Input
 from pipelines.corpus.storage import Storage
-from pipelines.placement import Need, wait_until_placeable
+from pipelines.placement import Need, node_ids, wait_until_placeable
 from pipelines.progress import Tally, read_board, shown
 from pipelines.settings import AlignCorpusConfig, fingerprint, pools
 
@@ -121,24 +121,29 @@ def pipeline(
     on_cpus = [pool for pool in pools(config).values() if pool.engine in ("torch", "vllm") and not pool.num_gpus]
     sharers = sum(pool.most_replicas for pool in on_cpus)
     shared = {"board": board, "sharers": sharers}
+    places = node_ids(needs(config))
     units = UnitSource(source, config.input, plan.spans)
     dataset = ray.data.read_datasource(
         units, num_cpus=READ_CPUS, concurrency=READERS, override_num_blocks=units.num_tasks
     )
     first_candidate = 0
     for number, policy in enumerate([config.policy, *config.policies]):
+        name = f"policy_{number + 1}" if number else "policy"
         dataset = add_pool(
-            dataset, PolicyStage, policy, name=f"policy_{number + 1}" if number else "policy",
+            dataset, PolicyStage, policy, places[name], name=name,
             run_seed=config.run.seed, first_candidate=first_candidate, **shared,
         )  # fmt: skip
         first_candidate += policy.num_candidates
-    dataset = add_pool(dataset, AlignerStage, config.aligner, name="aligner", run_seed=config.run.seed, **shared)
+    dataset = add_pool(
+        dataset, AlignerStage, config.aligner, places["aligner"], name="aligner", run_seed=config.run.seed, **shared
+    )
     return dataset.map_batches(  # actors: Ray ends idle task workers, and a new process a unit costs more than the unit
         Committing, fn_constructor_args=[committer], batch_size=1, batch_format="pyarrow", num_cpus=COMMIT_CPUS,
         compute=ray.data.ActorPoolStrategy(
             size=1, max_concurrent_calls_per_actor=COMMITS_AT_ONCE, max_tasks_in_flight_per_actor=COMMITS_AT_ONCE,
             enable_true_multi_threading=True,
         ),
+        ray_remote_args_fn=planned(places["committing"]),
     )  # fmt: skip
 
 
