@@ -61,13 +61,13 @@ class Node:
 def fit(needs: list[Need], nodes: list[Node]) -> tuple[dict[str, list[Node]], list[Need]]:
     """The node of each thing that has a place, by the needs' names, and what has none.
 
-    The largest go first, each on the fullest node that still has room.
+    What its labels leave the fewest nodes goes first, then the largest, each on the fullest node that still has room.
     A pool without GPUs so goes to nodes without GPUs where it can, as a replica with GPUs has no such choice.
     """
     cpus, gpus = [node.cpus for node in nodes], [node.gpus for node in nodes]
     places: dict[str, list[Node]] = {need.name: [] for need in needs}
     missing = []
-    for need in sorted(needs, key=lambda need: (need.gpus, need.cpus), reverse=True):
+    for need in sorted(needs, key=lambda need: (sum(map(need.may_run_on, nodes)), -need.gpus, -need.cpus)):
         for placed in range(need.count):
             room = [
                 at

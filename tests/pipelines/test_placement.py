@@ -1,8 +1,11 @@
 """Whether pools fit onto nodes, and what a person is told when they do not."""
 
+from dataclasses import replace
+from random import Random
+
 import pytest
 
-from pipelines.placement import Need, Node, left_over, refusal
+from pipelines.placement import Need, Node, fit, left_over, refusal
 
 EIGHT = [Node("a", 32, 8), Node("b", 32, 8)]
 
@@ -34,6 +37,48 @@ def test_a_pool_goes_only_to_nodes_with_its_labels() -> None:
     (missing,) = left_over([Need("policy", 5, 1, 1, {"pool": "policy"})], nodes)
     assert str(missing) == "policy: 1 x 1 GPUs and 1 CPUs, on nodes with pool=policy"
     assert left_over([Need("policy", 5, 1, 1, {"pool": "!aligner"})], nodes) == []  # Ray's to decide
+
+
+def test_a_pool_that_may_go_anywhere_leaves_the_labelled_nodes_to_those_that_need_them() -> None:
+    nodes = [Node("p", 8, 4, {"burnish": "policy"}), Node("b", 8, 8)]
+    needs = [Need("policy", 4, 1, 1, {"burnish": "policy"}), Need("aligner", 2, 1, 4)]
+    places, missing = fit(needs, nodes)
+    assert missing == []
+    assert places == {"policy": [nodes[0]] * 4, "aligner": [nodes[1]] * 2}
+
+
+def feasible(needs: list[Need], nodes: list[Node]) -> bool:
+    """Whether the GPUs have place for all, found by trying everything."""
+    if not needs:
+        return True
+    need, *others = needs
+    if not need.count:
+        return feasible(others, nodes)
+    tried = [node for node in nodes if node.gpus >= need.gpus and need.may_run_on(node)]
+    return any(
+        feasible(
+            [replace(need, count=need.count - 1), *others],
+            [replace(each, gpus=each.gpus - need.gpus) if each is node else each for each in nodes],
+        )
+        for node in tried
+    )
+
+
+def test_no_ask_that_is_feasible_is_refused() -> None:
+    """Replicas and nodes of 1, 2, 4 or 8 GPUs, one label: whatever has a place at all is given one."""
+    random, num_feasible = Random(0), 0
+    while num_feasible < 200:
+        labels = [{}, {"pool": "policy"}, {"pool": "aligner"}]
+        nodes = [Node(str(at), 64, random.choice([1, 2, 4, 8]), random.choice(labels)) for at in range(3)]
+        needs = [
+            Need(name, random.randint(1, 3), 1, random.choice([1, 2, 4, 8]), random.choice([{}, *labels]))
+            for name in ("policy", "aligner")
+        ]
+        asked, there = sum(need.count * need.gpus for need in needs), sum(node.gpus for node in nodes)
+        if not there / 2 <= asked <= there or not feasible(needs, nodes):
+            continue
+        num_feasible += 1
+        assert left_over(needs, nodes) == [], (needs, nodes)
 
 
 def test_the_refusal_does_the_arithmetic() -> None:
