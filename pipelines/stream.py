@@ -78,9 +78,9 @@ def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan
     made_of = digest(fingerprint(config, plan.kept_types))
     committer = Committer(output, source, tuple(config.input.keep_columns), run, made_of)
     committed = pipeline(config, source, plan, committer, board)
-    names = list(pools(config))
+    asks = {need.name: need.ask for need in replicas(config)}
     stall_s = config.run.stall_minutes * 60
-    with shown(board, tally, names, plan.num_rows, log_every_s=config.site.log_every_s, stall_s=stall_s):
+    with shown(board, tally, asks, plan.num_rows, log_every_s=config.site.log_every_s, stall_s=stall_s):
         try:
             for row in committed.iter_rows():
                 tally.add(row)
@@ -94,7 +94,7 @@ def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan
             raise told from None
     totals, running_s, seconds = read_board(board), ray.get(board.running_s.remote()), time.monotonic() - started
     report.print_throughput(totals, tally, seconds)
-    if running_s and totals.keys() == set(names):  # or the board was lost on the way, with what it knew
+    if running_s and totals.keys() == asks.keys():  # or the board was lost on the way, with what it knew
         each = {
             name: {
                 "num_gpus": pool.num_gpus * max(pool.replicas, min(pool.most_replicas, len(totals[name].states))),
@@ -159,11 +159,15 @@ class Committing:
 
 def needs(config: AlignCorpusConfig) -> list[Need]:
     """Everything that must run at the same time for the job to get on: the pools, and Ray Data's own tasks."""
-    replicas = [
+    return [*replicas(config), Need("reading", READERS, READ_CPUS, 0), Need("committing", 1, COMMIT_CPUS, 0)]
+
+
+def replicas(config: AlignCorpusConfig) -> list[Need]:
+    """What each pool needs to start with."""
+    return [
         Need(name, pool.replicas, pool.num_cpus, pool.num_gpus, pool.label_selector)
         for name, pool in pools(config).items()
     ]
-    return [*replicas, Need("reading", READERS, READ_CPUS, 0), Need("committing", 1, COMMIT_CPUS, 0)]
 
 
 def connect(config: AlignCorpusConfig) -> None:
