@@ -114,10 +114,13 @@ def arithmetic(needs: list[Need], nodes: list[Node]) -> str:
     return f"Asked for: {'; '.join(map(str, needs))}. Nodes: {'; '.join(map(str, nodes)) or 'none'}"
 
 
-def wait_until_placeable(needs: list[Need], wait_s: float, announce: Callable[[str], None]) -> None:
+def wait_until_placeable(
+    needs: list[Need], wait_s: float, *, say_every_s: float, announce: Callable[[str], None]
+) -> None:
     """Return when the needs fit onto the cluster's nodes.
 
-    On a cluster that can grow, asks its autoscaler for what is needed and waits, saying so, up to `wait_s` seconds.
+    On a cluster that can grow, asks its autoscaler for what is needed and waits up to `wait_s` seconds, saying what for
+    every `say_every_s` seconds.
     Raises ConfigError as soon as the autoscaler finds that all the nodes it may add would not do, and TransientError
     when the wait is over.
     """
@@ -129,9 +132,13 @@ def wait_until_placeable(needs: list[Need], wait_s: float, announce: Callable[[s
     try:
         _request(needs)
         asked = _status().cluster_resource_state.cluster_resource_state_version
-        announce(f"waiting up to {wait_s:g} s for nodes: {'; '.join(map(str, left_over(needs, live_nodes())))}")
-        deadline = time.monotonic() + wait_s
+        say_at = time.monotonic()
+        deadline = say_at + wait_s
         while error := refusal(needs, nodes := live_nodes(), f"after {wait_s:g} s (run.wait_for_resources_s)"):
+            if (now := time.monotonic()) >= say_at:
+                missing = "; ".join(map(str, left_over(needs, nodes)))
+                announce(f"waiting up to {max(0.0, deadline - now):.0f} s for nodes: {missing}")
+                say_at = now + say_every_s
             answer = _status().autoscaling_state
             answered = answer.last_seen_cluster_resource_state_version >= asked
             if answered and answer.infeasible_cluster_resource_constraints:

@@ -178,7 +178,9 @@ def connect(config: AlignCorpusConfig) -> None:
     if not ray.is_initialized():
         _join_or_start(config)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there, which exits with 15
-    wait_until_placeable(needs(config), config.run.wait_for_resources_s, announce=report.say)
+    wait_until_placeable(
+        needs(config), config.run.wait_for_resources_s, say_every_s=config.site.log_every_s, announce=report.say
+    )
 
 
 def _join_or_start(config: AlignCorpusConfig) -> None:

@@ -4,8 +4,11 @@ from dataclasses import replace
 from random import Random
 
 import pytest
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
-from pipelines.placement import Need, Node, fit, left_over, refusal
+from actors.contract import TransientError
+from pipelines import placement
+from pipelines.placement import Need, Node, fit, left_over, refusal, wait_until_placeable
 
 EIGHT = [Node("a", 32, 8), Node("b", 32, 8)]
 
@@ -79,6 +82,30 @@ def test_no_ask_that_is_feasible_is_refused() -> None:
             continue
         num_feasible += 1
         assert left_over(needs, nodes) == [], (needs, nodes)
+
+
+def test_a_wait_says_now_and_then_what_is_missing_and_how_long_it_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(placement.time, "monotonic", lambda: now)
+    monkeypatch.setattr(placement.time, "sleep", sleep)
+    monkeypatch.setattr(placement, "is_autoscaler_v2", lambda: True)
+    monkeypatch.setattr(placement, "_request", lambda needs: None)
+    monkeypatch.setattr(placement, "_status", GetClusterStatusReply)
+    monkeypatch.setattr(placement, "live_nodes", lambda: EIGHT if now < 1030 else [*EIGHT, Node("c", 8, 8)])
+    said: list[str] = []
+    needs = [Need("policy", 8, 1, 1), Need("aligner", 2, 1, 8)]
+    wait_until_placeable(needs, 600, say_every_s=10, announce=said.append)
+    assert said == [f"waiting up to {left} s for nodes: policy: 8 x 1 GPUs and 1 CPUs" for left in (600, 590, 580)]
+
+    said.clear()
+    with pytest.raises(TransientError, match="do not fit after 15 s"):
+        wait_until_placeable([Need("aligner", 4, 1, 8)], 15, say_every_s=10, announce=said.append)
+    assert [line.partition(" for ")[0] for line in said] == ["waiting up to 15 s", "waiting up to 5 s"]
 
 
 def test_the_refusal_does_the_arithmetic() -> None:
