@@ -188,8 +188,12 @@ def _join_or_start(config: AlignCorpusConfig) -> None:
     if address != "local":
         try:
             ray.init(address=address, logging_level=logging.ERROR)
-        except ConnectionError as error:
-            raise ConfigError(f"there is no Ray cluster at {address} (site.ray_address or RAY_ADDRESS)") from error
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:  # a wrong token is a ConnectionError too
+            raise ConfigError(
+                f"no Ray cluster at {address} (site.ray_address or RAY_ADDRESS) lets this job in: there is none, or it "
+                "wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to what "
+                "`ray get-auth-token` prints on its head"
+            ) from error
         return
     needed = sum(need.count * need.cpus for need in needs(config))
     ray.init(
