@@ -58,12 +58,14 @@ class Node:
         return f"{self.name}: {self.gpus:g} GPUs, {self.cpus:g} CPUs{labels}"
 
 
-def fit(needs: list[Need], nodes: list[Node]) -> tuple[dict[str, list[Node]], list[Need]]:
+def fit(needs: list[Need], nodes: list[Node], spread: bool = False) -> tuple[dict[str, list[Node]], list[Need]]:
     """The node of each thing that has a place, by the needs' names, and what has none.
 
-    What its labels leave the fewest nodes goes first, then the largest, each on the fullest node that still has room.
-    A pool without GPUs so goes to nodes without GPUs where it can, as a replica with GPUs has no such choice.
+    What its labels leave the fewest nodes goes first, then the largest, each on the fullest node that still has room,
+    or with `spread` on the emptiest, for which less may fit. A pool without GPUs goes to nodes without GPUs where it
+    can, as a replica with GPUs has no such choice.
     """
+    towards = -1 if spread else 1
     cpus, gpus = [node.cpus for node in nodes], [node.gpus for node in nodes]
     places: dict[str, list[Node]] = {need.name: [] for need in needs}
     missing = []
@@ -77,7 +79,7 @@ def fit(needs: list[Need], nodes: list[Node]) -> tuple[dict[str, list[Node]], li
             if not room:
                 missing.append(replace(need, count=need.count - placed))
                 break
-            at = min(room, key=lambda at: (gpus[at], cpus[at]))
+            at = min(room, key=lambda at: (gpus[at] * (towards if need.gpus else 1), cpus[at] * towards))
             cpus[at] -= need.cpus
             gpus[at] -= need.gpus
             places[need.name].append(nodes[at])
@@ -92,11 +94,13 @@ def left_over(needs: list[Need], nodes: list[Node]) -> list[Need]:
 def node_ids(needs: list[Need]) -> dict[str, list[str]]:
     """By the needs' names, the id of the node of each thing: Ray, which spreads what it starts, is to do as planned.
 
-    Where all fits into what other jobs leave free, the nodes are chosen by that, else by all that they have.
+    Where all fits into what other jobs leave free, the nodes are chosen by that, else by all that they have. Replicas
+    are spread where they fit so: a lost node then costs few, and those on CPUs do not share one node's.
     """
-    places, missing = fit(needs, live_nodes(free=True))
-    if missing:
-        places, _ = fit(needs, live_nodes())
+    for nodes, spread in ((free := live_nodes(free=True), True), (free, False), (live_nodes(), False)):
+        places, missing = fit(needs, nodes, spread)
+        if not missing:
+            break
     return {name: [node.id for node in nodes] for name, nodes in places.items()}
 
 
@@ -173,16 +177,16 @@ def _status() -> GetClusterStatusReply:
 
 
 def live_nodes(free: bool = False) -> list[Node]:
-    """The cluster's nodes with all that they have, used or not; or with what nobody uses."""
-    unused = available_resources_per_node() if free else {}
+    """The cluster's nodes with all that they have, used or not; with `free` what nobody uses of it."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    has = available_resources_per_node() if free else {node["NodeID"]: node["Resources"] for node in alive}
     return [
         Node(
             node["NodeManagerAddress"],
-            (has := unused.get(node["NodeID"], {}) if free else node["Resources"]).get("CPU", 0.0),
-            has.get("GPU", 0.0),
+            has.get(node["NodeID"], {}).get("CPU", 0.0),
+            has.get(node["NodeID"], {}).get("GPU", 0.0),
             node["Labels"],
             node["NodeID"],
         )
-        for node in ray.nodes()
-        if node["Alive"]
+        for node in alive
     ]

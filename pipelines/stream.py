@@ -118,6 +118,7 @@ def pipeline(
     context.set_config(backpressure.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, BACKPRESSURE)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised here, too
     warnings.filterwarnings("ignore", module=r"ray\.data")
+    warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")  # until 2.64, and nothing else does it
     on_cpus = [pool for pool in pools(config).values() if pool.engine in ("torch", "vllm") and not pool.num_gpus]
     sharers = sum(pool.most_replicas for pool in on_cpus)
     shared = {"board": board, "sharers": sharers}

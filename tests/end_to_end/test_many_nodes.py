@@ -88,7 +88,7 @@ def test_what_fits_finds_its_place_whatever_starts_first(nodes: Nodes, job: list
     running = nodes.command_line.start(*job, *pools, "policy.label_selector.zone=a", "run.stall_minutes=1")
     placed = running.until(lambda: found if (found := nodes.where(running, "policy")).total() == 2 else None, "2 run")
     assert list(placed.values()) == [2]
-    running.wait().expect(0)
+    assert "Warning" not in running.wait().expect(0).stderr
 
 
 def test_a_node_that_dies_costs_no_row(nodes: Nodes, job: list[str], tiny_llama: Path, tmp_path: Path) -> None:

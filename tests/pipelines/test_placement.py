@@ -8,7 +8,7 @@ from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
 from actors.contract import TransientError
 from pipelines import placement
-from pipelines.placement import Need, Node, fit, left_over, refusal, wait_until_placeable
+from pipelines.placement import Need, Node, fit, left_over, node_ids, refusal, wait_until_placeable
 
 EIGHT = [Node("a", 32, 8), Node("b", 32, 8)]
 
@@ -48,6 +48,25 @@ def test_a_pool_that_may_go_anywhere_leaves_the_labelled_nodes_to_those_that_nee
     places, missing = fit(needs, nodes)
     assert missing == []
     assert places == {"policy": [nodes[0]] * 4, "aligner": [nodes[1]] * 2}
+
+
+@pytest.mark.parametrize(
+    ("unused", "policies", "aligner"),
+    [
+        ([8, 8], "bb", "a"),  # the emptiest node first
+        ([6, 5], "aa", "b"),  # spread, the aligner would take `a`, and one policy had no place
+        ([3, 3], "ab", "a"),  # for the time being another job has too much: they wait on the nodes that can hold them
+    ],
+)
+def test_replicas_are_spread_over_what_is_free_where_all_fit(
+    unused: list[int], policies: str, aligner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def live_nodes(free: bool = False) -> list[Node]:
+        return [Node(id, 32, gpus, id=id) for id, gpus in zip("ab", unused if free else [8, 8], strict=True)]
+
+    monkeypatch.setattr(placement, "live_nodes", live_nodes)
+    planned = node_ids([Need("policy", 2, 1, 3), Need("aligner", 1, 1, 5)])
+    assert planned == {"policy": [*policies], "aligner": [*aligner]}
 
 
 def feasible(needs: list[Need], nodes: list[Node]) -> bool:
