@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ def read_board(board: Any) -> dict[str, PoolTotals]:
 
 @contextlib.contextmanager
 def shown(
-    board: Any, tally: Tally, pools: Mapping[str, str], num_rows: int, *, log_every_s: float, stall_s: float
+    board: Any, tally: Tally, pools: dict[str, str], num_rows: int, *, log_every_s: float, stall_s: float
 ) -> Iterator[None]:
     """Show progress while the body runs: live bars on a terminal, elsewhere a line a pool every `log_every_s` seconds.
 
@@ -106,7 +106,7 @@ def shown(
         thread.join()
 
 
-def _give_up(totals: dict[str, PoolTotals], pools: Mapping[str, str], tally: Tally, idle: float) -> None:
+def _give_up(totals: dict[str, PoolTotals], pools: dict[str, str], tally: Tally, idle: float) -> None:
     print(f"error: nothing has moved for {idle / 60:.1f} minutes (run.stall_minutes); giving up", file=sys.stderr)
     for name, ask in pools.items():
         pool = totals.get(name)
