@@ -11,16 +11,20 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors.contract import ConfigError, RowError
+from actors.contract import ConfigError, RowError, TransientError
 from actors.engines.base import Completion, EngineConfig, EngineStats, Request
-from actors.engines.hosted import MAX_ATTEMPTS, MAX_STARTS, HostedEngine
+from actors.engines.hosted import HARMLESS, MAX_ATTEMPTS, MAX_STARTS, HostedEngine
 from actors.engines.process import EngineDied, EngineProcess
 
 DOES_NOT_START = f"does not start: the engine's process ended with 7 while it was starting, {MAX_STARTS} times over"
 
 
 class Scripted:
-    """Answers with the prompt; `poison` in it kills the process, and every start is noted in a file."""
+    """Answers with the prompt; `poison` in it kills the process, and every start is noted in a file.
+
+    Beside that file, `.broken` ends each start, `.broken-once` the next one, and `.deadly` makes every prompt kill but
+    the one that stands in it.
+    """
 
     def __init__(self, config: EngineConfig, num_threads: int) -> None:
         if config.model == "wrong":
@@ -37,7 +41,8 @@ class Scripted:
     async def generate(self, request: Request) -> Completion:
         assert isinstance(request.prompt, str)
         await asyncio.sleep(0.01 if "poison" in request.prompt else 0.05)
-        if "poison" in request.prompt:
+        deadly = self.starts.with_suffix(".deadly")
+        if "poison" in request.prompt or (deadly.exists() and request.prompt != deadly.read_text()):
             os.kill(os.getpid(), signal.SIGKILL)
         if "bad" in request.prompt:
             raise RowError("prompt_too_long", "too long")
@@ -171,6 +176,42 @@ def test_an_engine_that_breaks_while_suspects_are_tried_ends_every_request_with_
     for answer in asyncio.run(broken()):
         assert isinstance(answer, ConfigError)
         assert DOES_NOT_START in str(answer)
+
+
+@pytest.mark.parametrize("num_requests", [1, 8])
+def test_an_engine_that_dies_of_everything_is_an_outage_and_condemns_nobody(starts: Path, num_requests: int) -> None:
+    engine = HostedEngine(Scripted, config_of(starts), 1)
+    starts.with_suffix(".deadly").touch()
+
+    async def broken() -> list[BaseException | Completion]:
+        requests = [engine.generate(Request(f"p{number}", 0)) for number in range(num_requests)]
+        return await asyncio.gather(*requests, return_exceptions=True)
+
+    answers = asyncio.run(broken())
+    assert [type(answer) for answer in answers] == [TransientError] * num_requests
+    assert "dies of every request" in str(answers[0])
+    assert "\n" not in str(answers[0])
+    assert num_starts(starts) == 1 + MAX_STARTS
+
+
+def test_an_engine_that_no_longer_answers_what_it_has_answered_before_condemns_nobody(starts: Path) -> None:
+    engine = HostedEngine(Scripted, config_of(starts), 1)
+
+    async def breaking() -> list[str]:
+        answers = await ask(engine, ["a", "b", "poison"])
+        starts.with_suffix(".deadly").write_text(str(HARMLESS.prompt))
+        with pytest.raises(TransientError):
+            await ask(engine, ["c"])
+        return answers
+
+    assert asyncio.run(breaking()) == ["A", "B", "engine_crash"]
+
+
+@pytest.mark.parametrize("num_requests", [1, 2])
+def test_a_job_that_is_nothing_but_poison_comes_to_its_end(starts: Path, num_requests: int) -> None:
+    engine = HostedEngine(Scripted, config_of(starts), 1)
+    assert asyncio.run(ask(engine, ["poison"] * num_requests)) == ["engine_crash"] * num_requests
+    engine.close()
 
 
 def test_a_mistake_that_a_request_brings_to_light_is_told_and_kills_nothing(starts: Path) -> None:
