@@ -4,6 +4,8 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -22,8 +24,8 @@ DOES_NOT_START = f"does not start: the engine's process ended with 7 while it wa
 class Scripted:
     """Answers with the prompt; `poison` in it kills the process, and every start is noted in a file.
 
-    Beside that file, `.broken` ends each start, `.broken-once` the next one, and `.deadly` makes every prompt kill but
-    the one that stands in it.
+    Beside that file, `.broken` ends each start, `.broken-once` the next one, `.slow` makes it take a minute, and
+    `.deadly` makes every prompt kill but the one that stands in it.
     """
 
     def __init__(self, config: EngineConfig, num_threads: int) -> None:
@@ -37,6 +39,8 @@ class Scripted:
         if self.starts.with_suffix(".broken-once").exists():
             self.starts.with_suffix(".broken-once").unlink()
             os._exit(7)
+        if self.starts.with_suffix(".slow").exists():
+            time.sleep(60)
 
     async def generate(self, request: Request) -> Completion:
         assert isinstance(request.prompt, str)
@@ -251,6 +255,36 @@ def test_the_process_ends_with_its_owner(starts: Path) -> None:
     while process._child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert process._child.poll() == 0
+
+
+OWNER = """
+import sys
+from actors.engines.base import EngineConfig
+from actors.engines.process import EngineProcess
+from tests.actors.engines.test_hosted import Scripted
+
+EngineProcess(Scripted, EngineConfig(model=sys.argv[1]), 1)
+"""
+
+
+def test_an_engine_that_is_still_being_built_ends_with_its_owner(starts: Path) -> None:
+    starts.with_suffix(".slow").touch()
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(starts)], env=environment)
+    try:
+        deadline = time.monotonic() + 50
+        while not starts.exists() or not starts.read_text().endswith("\n"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        engine = psutil.Process(int(starts.read_text()))
+    finally:
+        owner.kill()
+        owner.wait()
+    try:
+        engine.wait(20)
+    except psutil.TimeoutExpired:
+        engine.kill()
+        pytest.fail("the engine goes on being built for nobody")
 
 
 def test_a_hanging_engine_is_closed_by_force(starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
