@@ -22,8 +22,9 @@ class Footprint:
     """What each rank of a replica holds. A rank is one of its `tensor_parallel_size` GPUs, or processes on a CPU.
 
     Attributes:
-        weight_bytes: in the configured dtype. Matrices are split evenly over the ranks; vectors (norms, biases), which
-            are next to nothing, are counted on each.
+        weight_bytes: in the configured dtype. `vllm` splits every matrix over the ranks, and vectors (norms, biases) are
+            counted on each; of `torch` it is what transformers' plan for the model says: it leaves the embeddings whole
+            that are not also the output's.
         token_bytes: of one token in the KV cache, at most: with sliding windows `vllm` keeps less. None where the
             model's memory is not a K and a V of every head and layer, or where that cannot be told from its weights.
         max_len: most tokens of prompt and answer together; None where only the engine knows.
@@ -48,11 +49,11 @@ def footprint(config: EngineConfig) -> Footprint | None:
         return None
     width = 4 if config.dtype == "float32" else 2
     ranks = config.tensor_parallel_size
-    weight_bytes = 0
-    for tensor in tensors.values():
-        start, end = tensor["data_offsets"]
-        size = prod(tensor["shape"]) * width if tensor["dtype"] in _CONVERTED else end - start
-        weight_bytes += size if len(tensor["shape"]) < 2 else -(-size // ranks)
+    sizes = {name: _size(tensor, width) for name, tensor in tensors.items()}
+    whole = sum(size for name, size in sizes.items() if len(tensors[name]["shape"]) < 2)
+    if ranks > 1 and config.engine == "torch":
+        whole = min(_whole_numel(folder) * width, sum(sizes.values()))
+    weight_bytes = whole + -(-(sum(sizes.values()) - whole) // ranks)
     text = _text_config(folder)
     if text is None:
         return Footprint(weight_bytes, None, config.max_model_len)
@@ -109,6 +110,33 @@ def _tensors(folder: Path) -> dict[str, dict[str, Any]] | None:
         return None
     found = {name: tensor for path in paths for name, tensor in json.loads(safetensors_header(path)).items()}
     return {name: tensor for name, tensor in found.items() if name != "__metadata__"}
+
+
+def _size(tensor: dict[str, Any], width: int) -> int:
+    """Bytes of a tensor once it is loaded, in a dtype of `width` bytes if it is converted."""
+    start, end = tensor["data_offsets"]
+    return prod(tensor["shape"]) * width if tensor["dtype"] in _CONVERTED else end - start
+
+
+def _whole_numel(folder: Path) -> int:
+    """Elements of the parameters that transformers' tensor parallel plan leaves whole, so that every rank holds them."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        whole_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):  # the plan is the model's, not its config's: it depends on what is tied
+            model = AutoModelForCausalLM.from_config(whole_config, trust_remote_code=False)
+    except (OSError, ValueError):  # the engine will not load it either
+        return 0
+    plan = model.tp_plan
+    found = 0
+    for name, parameter in model.named_parameters():
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        style = plan.get(pattern) or plan.get(pattern.rpartition(".")[0], "")
+        is_split = style == "grouped_gemm" or "colwise" in style or ("rowwise" in style and parameter.ndim > 1)
+        found += 0 if is_split else parameter.numel()
+    return found
 
 
 def _text_config(folder: Path) -> Any | None:
