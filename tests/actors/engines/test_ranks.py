@@ -194,7 +194,7 @@ if rank == "0":
 """
 
 
-def test_shards_of_every_kind_of_model_add_up_and_take_what_is_told_before(
+def test_shards_of_every_kind_add_up_and_take_what_was_told(
     model_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folders = [str(model_folder(kind)) for kind in KINDS]
