@@ -2,13 +2,14 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.board import Reporter, Snapshot
 from actors.contract import ConfigError, label, option, unpack, with_column
@@ -148,9 +149,12 @@ class ModelStage:
 
 
 def add_pool(
-    dataset: ray.data.Dataset, stage: type[ModelStage], config: PoolConfig, **arguments: Any
+    dataset: ray.data.Dataset, stage: type[ModelStage], config: PoolConfig, node_ids: Sequence[str], **arguments: Any
 ) -> ray.data.Dataset:
-    """`dataset`, streamed through a pool of `stage` actors. A unit is one row, so `batch_size=1` is one unit a call."""
+    """`dataset`, streamed through a pool of `stage` actors. A unit is one row, so `batch_size=1` is one unit a call.
+
+    `node_ids` are the nodes of the first replicas, see `planned`.
+    """
     return dataset.map_batches(
         stage,
         fn_constructor_kwargs={"config": config, **arguments},
@@ -165,4 +169,20 @@ def add_pool(
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus or None,
         label_selector=dict(config.label_selector) or None,
+        ray_remote_args_fn=planned(node_ids),
     )
+
+
+def planned(node_ids: Sequence[str]) -> Callable[[], dict[str, Any]]:
+    """What Ray Data calls for each actor that it starts: the first go to these nodes, one each, and wait there.
+
+    Left alone Ray spreads the replicas of a small pool over all nodes, and none is left whole for a large replica. A
+    replica whose node is lost starts on another; those that a pool grows by go where there is room.
+    """
+    left = iter(node_ids)
+
+    def arguments() -> dict[str, Any]:
+        node_id = next(left, None)
+        return {} if node_id is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=True)}
+
+    return arguments

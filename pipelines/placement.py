@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.autoscaler.sdk import request_resources
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
@@ -27,9 +28,14 @@ class Need:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        return f"{self.name}: {self.ask}"
+
+    @property
+    def ask(self) -> str:
+        """What is asked for, without the name."""
         each = f"{self.gpus:g} GPUs and {self.cpus:g} CPUs" if self.gpus else f"{self.cpus:g} CPUs"
         where = "".join(f", on nodes with {label}={value}" for label, value in self.labels.items())
-        return f"{self.name}: {self.count} x {each}{where}"
+        return f"{self.count} x {each}{where}"
 
     def may_run_on(self, node: "Node") -> bool:
         """Whether the node has the labels. Ray's other conditions, `!value` and `in(…)`, are left for Ray to decide."""
@@ -39,26 +45,31 @@ class Need:
 
 @dataclass(frozen=True)
 class Node:
-    """A node, or one that a cluster may still have."""
+    """A node, or one that a cluster may still have, which has no id yet."""
 
     name: str
     cpus: float
     gpus: float
     labels: Mapping[str, str] = field(default_factory=dict)
+    id: str = ""
 
     def __str__(self) -> str:
         labels = "".join(f", {key}={value}" for key, value in self.labels.items() if not key.startswith("ray.io/"))
         return f"{self.name}: {self.gpus:g} GPUs, {self.cpus:g} CPUs{labels}"
 
 
-def left_over(needs: list[Need], nodes: list[Node]) -> list[Need]:
-    """What does not fit, placing the largest first on the fullest node that still has room; [] when all does.
+def fit(needs: list[Need], nodes: list[Node], spread: bool = False) -> tuple[dict[str, list[Node]], list[Need]]:
+    """The node of each thing that has a place, by the needs' names, and what has none.
 
-    A pool without GPUs goes to nodes without GPUs where it can, as a replica with GPUs has no such choice.
+    What its labels leave the fewest nodes goes first, then the largest, each on the fullest node that still has room,
+    or with `spread` on the emptiest, for which less may fit. A pool without GPUs goes to nodes without GPUs where it
+    can, as a replica with GPUs has no such choice.
     """
+    towards = -1 if spread else 1
     cpus, gpus = [node.cpus for node in nodes], [node.gpus for node in nodes]
+    places: dict[str, list[Node]] = {need.name: [] for need in needs}
     missing = []
-    for need in sorted(needs, key=lambda need: (need.gpus, need.cpus), reverse=True):
+    for need in sorted(needs, key=lambda need: (sum(map(need.may_run_on, nodes)), -need.gpus, -need.cpus)):
         for placed in range(need.count):
             room = [
                 at
@@ -68,10 +79,29 @@ def left_over(needs: list[Need], nodes: list[Node]) -> list[Need]:
             if not room:
                 missing.append(replace(need, count=need.count - placed))
                 break
-            at = min(room, key=lambda at: (gpus[at], cpus[at]))
+            at = min(room, key=lambda at: (gpus[at] * (towards if need.gpus else 1), cpus[at] * towards))
             cpus[at] -= need.cpus
             gpus[at] -= need.gpus
-    return missing
+            places[need.name].append(nodes[at])
+    return places, missing
+
+
+def left_over(needs: list[Need], nodes: list[Node]) -> list[Need]:
+    """What does not fit; [] when all does."""
+    return fit(needs, nodes)[1]
+
+
+def node_ids(needs: list[Need]) -> dict[str, list[str]]:
+    """By the needs' names, the id of the node of each thing: Ray, which spreads what it starts, is to do as planned.
+
+    Where all fits into what other jobs leave free, the nodes are chosen by that, else by all that they have. Replicas
+    are spread where they fit so: a lost node then costs few, and those on CPUs do not share one node's.
+    """
+    for nodes, spread in ((free := live_nodes(free=True), True), (free, False), (live_nodes(), False)):
+        places, missing = fit(needs, nodes, spread)
+        if not missing:
+            break
+    return {name: [node.id for node in nodes] for name, nodes in places.items()}
 
 
 def refusal(needs: list[Need], nodes: list[Node], why: str) -> ConfigError | None:
@@ -88,10 +118,13 @@ def arithmetic(needs: list[Need], nodes: list[Node]) -> str:
     return f"Asked for: {'; '.join(map(str, needs))}. Nodes: {'; '.join(map(str, nodes)) or 'none'}"
 
 
-def wait_until_placeable(needs: list[Need], wait_s: float, announce: Callable[[str], None]) -> None:
+def wait_until_placeable(
+    needs: list[Need], wait_s: float, *, say_every_s: float, announce: Callable[[str], None]
+) -> None:
     """Return when the needs fit onto the cluster's nodes.
 
-    On a cluster that can grow, asks its autoscaler for what is needed and waits, saying so, up to `wait_s` seconds.
+    On a cluster that can grow, asks its autoscaler for what is needed and waits up to `wait_s` seconds, saying what for
+    every `say_every_s` seconds.
     Raises ConfigError as soon as the autoscaler finds that all the nodes it may add would not do, and TransientError
     when the wait is over.
     """
@@ -103,9 +136,13 @@ def wait_until_placeable(needs: list[Need], wait_s: float, announce: Callable[[s
     try:
         _request(needs)
         asked = _status().cluster_resource_state.cluster_resource_state_version
-        announce(f"waiting up to {wait_s:g} s for nodes: {'; '.join(map(str, left_over(needs, live_nodes())))}")
-        deadline = time.monotonic() + wait_s
+        say_at = time.monotonic()
+        deadline = say_at + wait_s
         while error := refusal(needs, nodes := live_nodes(), f"after {wait_s:g} s (run.wait_for_resources_s)"):
+            if (now := time.monotonic()) >= say_at:
+                missing = "; ".join(map(str, left_over(needs, nodes)))
+                announce(f"waiting up to {max(0.0, deadline - now):.0f} s for nodes: {missing}")
+                say_at = now + say_every_s
             answer = _status().autoscaling_state
             answered = answer.last_seen_cluster_resource_state_version >= asked
             if answered and answer.infeasible_cluster_resource_constraints:
@@ -139,15 +176,17 @@ def _status() -> GetClusterStatusReply:
     return reply
 
 
-def live_nodes() -> list[Node]:
-    """The cluster's nodes with all that they have, used or not."""
+def live_nodes(free: bool = False) -> list[Node]:
+    """The cluster's nodes with all that they have, used or not; with `free` what nobody uses of it."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    has = available_resources_per_node() if free else {node["NodeID"]: node["Resources"] for node in alive}
     return [
         Node(
             node["NodeManagerAddress"],
-            node["Resources"].get("CPU", 0.0),
-            node["Resources"].get("GPU", 0.0),
+            has.get(node["NodeID"], {}).get("CPU", 0.0),
+            has.get(node["NodeID"], {}).get("GPU", 0.0),
             node["Labels"],
+            node["NodeID"],
         )
-        for node in ray.nodes()
-        if node["Alive"]
+        for node in alive
     ]

@@ -84,13 +84,14 @@ def read_board(board: Any) -> dict[str, PoolTotals]:
 
 @contextlib.contextmanager
 def shown(
-    board: Any, tally: Tally, pools: list[str], num_rows: int, *, log_every_s: float, stall_s: float
+    board: Any, tally: Tally, pools: dict[str, str], num_rows: int, *, log_every_s: float, stall_s: float
 ) -> Iterator[None]:
     """Show progress while the body runs: live bars on a terminal, elsewhere a line a pool every `log_every_s` seconds.
 
+    `pools` has what each pool asks of the nodes, by its name.
     Ends the process with exit code 4, after a diagnosis, when nothing has moved for `stall_s` seconds.
     """
-    show = _bars(pools, num_rows) if sys.stderr.isatty() else _lines(pools, num_rows, log_every_s)
+    show = _bars([*pools], num_rows) if sys.stderr.isatty() else _lines([*pools], num_rows, log_every_s)
     stop = threading.Event()
 
     def watch() -> None:
@@ -106,7 +107,7 @@ def shown(
             idle = min([now - moved_at, *(pool.idle_s for pool in totals.values())])
             show(totals, tally)
             if idle > stall_s:
-                _give_up(totals, tally, idle)
+                _give_up(totals, pools, tally, idle)
         show(None, tally)
 
     thread = threading.Thread(target=watch, name="progress", daemon=True)
@@ -118,9 +119,13 @@ def shown(
         thread.join()
 
 
-def _give_up(totals: dict[str, PoolTotals], tally: Tally, idle: float) -> None:
+def _give_up(totals: dict[str, PoolTotals], pools: dict[str, str], tally: Tally, idle: float) -> None:
     print(f"error: nothing has moved for {idle / 60:.1f} minutes (run.stall_minutes); giving up", file=sys.stderr)
-    for name, pool in totals.items():
+    for name, ask in pools.items():
+        pool = totals.get(name)
+        if pool is None:
+            print(f"  {name}: no replica has started (asked for {ask})", file=sys.stderr)
+            continue
         in_flight = ", ".join(pool.units) or "none"
         print(
             f"  {name}: engines {', '.join(pool.states)}; last progress {pool.idle_s:.0f} s ago; {pool.num_running} "

@@ -19,7 +19,7 @@ from actors.aligner import AlignerStage
 from actors.board import Board
 from actors.contract import ConfigError, TransientError
 from actors.policy import PolicyStage
-from actors.pool import add_pool
+from actors.pool import add_pool, planned
 from pipelines import report
 from pipelines.corpus.commit import Committer
 from pipelines.corpus.plan import Plan
@@ -27,7 +27,7 @@ from pipelines.corpus.read import UnitSource
 from pipelines.corpus.runs import digest, write_pace
 from pipelines.corpus.shards import Input
 from pipelines.corpus.storage import Storage
-from pipelines.placement import Need, wait_until_placeable
+from pipelines.placement import Need, node_ids, wait_until_placeable
 from pipelines.progress import Tally, read_board, shown
 from pipelines.settings import AlignCorpusConfig, fingerprint, pools
 
@@ -78,9 +78,9 @@ def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan
     made_of = digest(fingerprint(config, plan.kept_types))
     committer = Committer(output, source, tuple(config.input.keep_columns), run, made_of)
     committed = pipeline(config, source, plan, committer, board)
-    names = list(pools(config))
+    asks = {need.name: need.ask for need in replicas(config)}
     stall_s = config.run.stall_minutes * 60
-    with shown(board, tally, names, plan.num_rows, log_every_s=config.site.log_every_s, stall_s=stall_s):
+    with shown(board, tally, asks, plan.num_rows, log_every_s=config.site.log_every_s, stall_s=stall_s):
         try:
             for row in committed.iter_rows():
                 tally.add(row)
@@ -94,7 +94,7 @@ def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan
             raise told from None
     totals, running_s, seconds = read_board(board), ray.get(board.running_s.remote()), time.monotonic() - started
     report.print_throughput(totals, tally, seconds)
-    if running_s and totals.keys() == set(names):  # or the board was lost on the way, with what it knew
+    if running_s and totals.keys() == asks.keys():  # or the board was lost on the way, with what it knew
         each = {
             name: {
                 "num_gpus": pool.num_gpus * max(pool.replicas, min(pool.most_replicas, len(totals[name].states))),
@@ -118,27 +118,33 @@ def pipeline(
     context.set_config(backpressure.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, BACKPRESSURE)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised here, too
     warnings.filterwarnings("ignore", module=r"ray\.data")
+    warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")  # until 2.64, and nothing else does it
     on_cpus = [pool for pool in pools(config).values() if pool.engine in ("torch", "vllm") and not pool.num_gpus]
     sharers = sum(pool.most_replicas for pool in on_cpus)
     shared = {"board": board, "sharers": sharers}
+    places = node_ids(needs(config))
     units = UnitSource(source, config.input, plan.spans)
     dataset = ray.data.read_datasource(
         units, num_cpus=READ_CPUS, concurrency=READERS, override_num_blocks=units.num_tasks
     )
     first_candidate = 0
     for number, policy in enumerate([config.policy, *config.policies]):
+        name = f"policy_{number + 1}" if number else "policy"
         dataset = add_pool(
-            dataset, PolicyStage, policy, name=f"policy_{number + 1}" if number else "policy",
+            dataset, PolicyStage, policy, places[name], name=name,
             run_seed=config.run.seed, first_candidate=first_candidate, **shared,
         )  # fmt: skip
         first_candidate += policy.num_candidates
-    dataset = add_pool(dataset, AlignerStage, config.aligner, name="aligner", run_seed=config.run.seed, **shared)
+    dataset = add_pool(
+        dataset, AlignerStage, config.aligner, places["aligner"], name="aligner", run_seed=config.run.seed, **shared
+    )
     return dataset.map_batches(  # actors: Ray ends idle task workers, and a new process a unit costs more than the unit
         Committing, fn_constructor_args=[committer], batch_size=1, batch_format="pyarrow", num_cpus=COMMIT_CPUS,
         compute=ray.data.ActorPoolStrategy(
             size=1, max_concurrent_calls_per_actor=COMMITS_AT_ONCE, max_tasks_in_flight_per_actor=COMMITS_AT_ONCE,
             enable_true_multi_threading=True,
         ),
+        ray_remote_args_fn=planned(places["committing"]),
     )  # fmt: skip
 
 
@@ -154,11 +160,15 @@ class Committing:
 
 def needs(config: AlignCorpusConfig) -> list[Need]:
     """Everything that must run at the same time for the job to get on: the pools, and Ray Data's own tasks."""
-    replicas = [
+    return [*replicas(config), Need("reading", READERS, READ_CPUS, 0), Need("committing", 1, COMMIT_CPUS, 0)]
+
+
+def replicas(config: AlignCorpusConfig) -> list[Need]:
+    """What each pool needs to start with."""
+    return [
         Need(name, pool.replicas, pool.num_cpus, pool.num_gpus, pool.label_selector)
         for name, pool in pools(config).items()
     ]
-    return [*replicas, Need("reading", READERS, READ_CPUS, 0), Need("committing", 1, COMMIT_CPUS, 0)]
 
 
 def connect(config: AlignCorpusConfig) -> None:
@@ -169,7 +179,9 @@ def connect(config: AlignCorpusConfig) -> None:
     if not ray.is_initialized():
         _join_or_start(config)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there, which exits with 15
-    wait_until_placeable(needs(config), config.run.wait_for_resources_s, announce=report.say)
+    wait_until_placeable(
+        needs(config), config.run.wait_for_resources_s, say_every_s=config.site.log_every_s, announce=report.say
+    )
 
 
 def _join_or_start(config: AlignCorpusConfig) -> None:
@@ -177,8 +189,12 @@ def _join_or_start(config: AlignCorpusConfig) -> None:
     if address != "local":
         try:
             ray.init(address=address, logging_level=logging.ERROR)
-        except ConnectionError as error:
-            raise ConfigError(f"there is no Ray cluster at {address} (site.ray_address or RAY_ADDRESS)") from error
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:  # a wrong token is a ConnectionError too
+            raise ConfigError(
+                f"no Ray cluster at {address} (site.ray_address or RAY_ADDRESS) lets this job in: there is none, or it "
+                "wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to what "
+                "`ray get-auth-token` prints on its head"
+            ) from error
         return
     needed = sum(need.count * need.cpus for need in needs(config))
     ray.init(

@@ -1,5 +1,6 @@
-"""What a model takes of memory and how long its sequences may be, from its folder alone: no weights are loaded."""
+"""What a model takes of memory and how long its sequences may be, from its headers alone: no weights are loaded."""
 
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ class Footprint:
     """What each rank of a replica holds. A rank is one of its `tensor_parallel_size` GPUs, or processes on a CPU.
 
     Attributes:
-        weight_bytes: in the configured dtype. Matrices are split evenly over the ranks; vectors (norms, biases), which
-            are next to nothing, are counted on each.
+        weight_bytes: in the configured dtype. `vllm` splits every matrix over the ranks; vectors (norms, biases), which
+            are next to nothing, are counted on each. `torch` splits what transformers' plan names: not the embeddings,
+            unless the output shares them.
         token_bytes: of one token in the KV cache, at most: with sliding windows `vllm` keeps less. None where the
             model's memory is not a K and a V of every head and layer, or where that cannot be told from its weights.
         max_len: most tokens of prompt and answer together; None where only the engine knows.
@@ -41,18 +43,18 @@ class Footprint:
 
 
 def footprint(config: EngineConfig) -> Footprint | None:
-    """None where there is no model, or where it is not on this machine: nothing is downloaded to find out."""
-    folder = _folder(config)
-    tensors = _tensors(folder) if folder else None
-    if folder is None or not tensors:
+    """None where there is no model, or where neither this machine nor the hub tells: no weights are fetched for it."""
+    found = _headers(config)
+    if found is None:
         return None
+    folder, tensors = found
     width = 4 if config.dtype == "float32" else 2
     ranks = config.tensor_parallel_size
-    weight_bytes = 0
-    for tensor in tensors.values():
-        start, end = tensor["data_offsets"]
-        size = prod(tensor["shape"]) * width if tensor["dtype"] in _CONVERTED else end - start
-        weight_bytes += size if len(tensor["shape"]) < 2 else -(-size // ranks)
+    sizes = {name: _size(tensor, width) for name, tensor in tensors.items()}
+    whole = sum(size for name, size in sizes.items() if len(tensors[name]["shape"]) < 2)
+    if ranks > 1 and config.engine == "torch":
+        whole = min(_whole_numel(folder) * width, sum(sizes.values()))
+    weight_bytes = whole + -(-(sum(sizes.values()) - whole) // ranks)
     text = _text_config(folder)
     if text is None:
         return Footprint(weight_bytes, None, config.max_model_len)
@@ -81,19 +83,45 @@ def _max_len(config: EngineConfig, text: Any) -> int | None:
     return longest(text, config.max_model_len)
 
 
-def _folder(config: EngineConfig) -> Path | None:
-    """Where the model's files are: its folder, or the cached ones of a hub id."""
+Headers = tuple[Path, dict[str, dict[str, Any]]]
+"""A folder with the model's config.json, and what the headers of its weights tell of each tensor, by name."""
+
+
+def _headers(config: EngineConfig) -> Headers | None:
     if config.engine in ("stored", "openai"):
         return None
     if Path(config.model).is_absolute():
-        return Path(config.model)
+        tensors = _tensors(Path(config.model))
+        return (Path(config.model), tensors) if tensors else None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(config.model, revision=config.revision, local_files_only=True))
+        folder = Path(snapshot_download(config.model, revision=config.revision, local_files_only=True))
     except (LocalEntryNotFoundError, OSError, ValueError):
+        return _headers_at_hub(config.model, config.revision)
+    if tensors := _tensors(folder):
+        return folder, tensors
+    return _headers_at_hub(config.model, config.revision)  # the tokenizer alone is cached, perhaps
+
+
+@functools.cache
+def _headers_at_hub(model: str, revision: str | None) -> Headers | None:
+    """Asked of the hub: the beginning of each file of weights, and config.json, which stays in its cache."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: what its client raises without a network
+        HTTPError,
+        NotASafetensorsRepoError,
+        SafetensorsParsingError,
+    )
+
+    hub = HfApi()
+    try:
+        folder = Path(hub.hf_hub_download(model, "config.json", revision=revision)).parent
+        files = hub.get_safetensors_metadata(model, revision=revision).files_metadata.values()
+    except (HTTPError, OSError, ValueError, NotASafetensorsRepoError, SafetensorsParsingError):
         return None
+    return folder, {name: vars(tensor) for file in files for name, tensor in file.tensors.items()}
 
 
 def _tensors(folder: Path) -> dict[str, dict[str, Any]] | None:
@@ -109,6 +137,33 @@ def _tensors(folder: Path) -> dict[str, dict[str, Any]] | None:
         return None
     found = {name: tensor for path in paths for name, tensor in json.loads(safetensors_header(path)).items()}
     return {name: tensor for name, tensor in found.items() if name != "__metadata__"}
+
+
+def _size(tensor: dict[str, Any], width: int) -> int:
+    """Bytes of a tensor once it is loaded, in a dtype of `width` bytes if it is converted."""
+    start, end = tensor["data_offsets"]
+    return int(prod(tensor["shape"]) * width if tensor["dtype"] in _CONVERTED else end - start)
+
+
+def _whole_numel(folder: Path) -> int:
+    """Elements of the parameters that every rank holds as a whole by transformers' tensor parallel plan."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        whole_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):  # the plan is the model's, not its config's: it depends on what is tied
+            model = AutoModelForCausalLM.from_config(whole_config, trust_remote_code=False)
+    except (OSError, ValueError):  # the engine will not load it either
+        return 0
+    plan = model.tp_plan
+    found = 0
+    for name, parameter in model.named_parameters():
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        style = plan.get(pattern) or plan.get(pattern.rpartition(".")[0], "")
+        is_split = style == "grouped_gemm" or "colwise" in style or ("rowwise" in style and parameter.ndim > 1)
+        found += 0 if is_split else parameter.numel()
+    return found
 
 
 def _text_config(folder: Path) -> Any | None:

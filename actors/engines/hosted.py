@@ -4,14 +4,16 @@ import asyncio
 from collections import Counter, deque
 from dataclasses import fields
 
-from actors.contract import ConfigError, RowError
+from actors.contract import ConfigError, RowError, TransientError
 from actors.engines.base import Completion, DraftingConfig, EngineConfig, EngineStats, Request
 from actors.engines.process import Build, EngineDied, EngineProcess
 
 MAX_ATTEMPTS = 3
 """Times that one request may kill an engine in which it runs alone."""
 MAX_STARTS = 3
-"""Times that an engine may die while it starts before that is the job's end."""
+"""Times that an engine may die while it starts, or of a harmless request, before that is the job's end."""
+HARMLESS = Request("Hello", seed=0)
+"""What an engine must survive that has not answered anything yet. Raw text, as not every model has a chat template."""
 
 
 class HostedEngine:
@@ -21,6 +23,11 @@ class HostedEngine:
     it dies too, the suspects that were in it are halved, each half runs without the other, and so on: bystanders come
     out well on the way, and a request that kills the engine `MAX_ATTEMPTS` times while it runs alone fails with
     RowError `engine_crash`.
+
+    That says something of the request only where the engine itself is sound, and how many died in a row does not tell:
+    all that is left of a job may be poison. So after a process that died before it had answered anything, the next one
+    must first answer a request that is known to be harmless: the last one that was answered, or else `HARMLESS`. When
+    `MAX_STARTS` in a row die of that, it is an outage, and no request is to blame.
     """
 
     def __init__(self, build: Build, config: EngineConfig, num_threads: int) -> None:
@@ -28,16 +35,24 @@ class HostedEngine:
         plain = kind(**{field.name: getattr(config, field.name) for field in fields(kind)})
         self._arguments = (build, plain, num_threads)  # of its base class, so that the child imports no pool and no Ray
         self._process = self._new_process()
+        self._harmless = HARMLESS
+        self._answered = False  # something, by this process
         self._tokens_before = 0  # made by processes that have died
         self._suspects: list[tuple[Request, asyncio.Future[Completion]]] = []
         self._inquiry: asyncio.Task[None] | None = None
 
     async def generate(self, request: Request) -> Completion:
-        """Raises RowError, `engine_crash` among others; ConfigError when not even a new process starts."""
+        """Make one candidate.
+
+        Raises:
+            RowError: `engine_crash` among others.
+            ConfigError: not even a new process starts.
+            TransientError: the engine is broken; it dies of harmless requests too.
+        """
         if self._inquiry is not None:
             await asyncio.wait([self._inquiry])
         try:
-            return await self._process.generate(request)
+            return await self._generate(request)
         except EngineDied:
             cleared: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
             self._suspects.append((request, cleared))
@@ -96,7 +111,7 @@ class HostedEngine:
         """Run one suspect; True if the engine died with it."""
         request, cleared = suspect
         try:
-            completion = await self._process.generate(request)
+            completion = await self._generate(request)
         except EngineDied:
             return True
         except (RowError, ConfigError) as error:
@@ -107,10 +122,35 @@ class HostedEngine:
                 cleared.set_result(completion)
         return False
 
+    async def _generate(self, request: Request) -> Completion:
+        completion = await self._process.generate(request)
+        self._harmless, self._answered = request, True
+        return completion
+
     async def _rebuild(self) -> None:
-        """A new process for the dead one. Raises ConfigError like `_new_process`."""
-        self._tokens_before += self._process.stats().num_tokens
-        self._process = await asyncio.to_thread(self._new_process)
+        """A new process for the dead one, proven where that one had answered nothing.
+
+        Raises ConfigError like `_new_process`, and TransientError when MAX_STARTS in a row do not stand the proof.
+        """
+        for _ in range(MAX_STARTS):
+            has_answered, self._answered = self._answered, False
+            self._tokens_before += self._process.stats().num_tokens
+            self._process = await asyncio.to_thread(self._new_process)
+            if has_answered:
+                return
+            try:
+                await self._process.generate(self._harmless)
+            except RowError:  # it is refused: the engine has not died of it
+                return
+            except EngineDied as error:
+                last = error
+            else:
+                return
+        config = self._arguments[1]
+        raise TransientError(
+            f"the {config.engine} engine of {config.model} dies of every request, of harmless ones too: {last}, "
+            f"{MAX_STARTS} times over; the log above says why. No row is to blame, and none is quarantined for it"
+        ) from last
 
     def _new_process(self) -> EngineProcess:
         """Raises ConfigError when MAX_STARTS in a row die while they start: it is nearly always a want of memory."""

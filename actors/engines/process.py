@@ -9,6 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
@@ -30,6 +31,8 @@ for number in (signal.SIGTERM, *[0] * 30, signal.SIGKILL):
 """
 
 Build = Callable[[EngineConfig, int], Engine]
+Message = tuple[Any, ...]
+"""What goes through the pipe: a word that says what it is, and what belongs to it."""
 
 
 class EngineDied(Exception):
@@ -109,7 +112,7 @@ class EngineProcess:
             self._child.kill()
             self._child.wait()
 
-    def _send(self, message: tuple[Any, ...]) -> None:
+    def _send(self, message: Message) -> None:
         data = pickle.dumps(message)
         try:
             with self._write:
@@ -166,14 +169,16 @@ def _settle(
 
 
 def serve(descriptor: int) -> None:
-    """The child's life: build, then answer until the pipe ends."""
+    """The child's life: build, then answer until the pipe ends. The owner's end is this process's at any time."""
     pipe = Connection(descriptor)
     _, build, config, num_threads = pipe.recv()
+    taker: Future[Callable[[Message], object]] = Future()
+    threading.Thread(target=_read, args=(pipe, taker), name="pipe-reader", daemon=True).start()
     code = 0
     try:
         engine: Engine = build(config, num_threads)
         pipe.send(("ready", os.getpid()))
-        asyncio.run(_answer(pipe, engine))
+        asyncio.run(_answer(pipe, taker, engine))
         engine.close()
     except ConfigError as error:
         pipe.send(("failed", error))
@@ -185,7 +190,17 @@ def serve(descriptor: int) -> None:
     os._exit(code)  # a thread that the engine left would keep this process, and those who wait for its end, for ever
 
 
-async def _answer(pipe: Connection, engine: Engine) -> None:
+def _read(pipe: Connection, taker: "Future[Callable[[Message], object]]") -> None:
+    """Hand on what the owner sends. From before the engine is built: a model that loads holds its GPUs already."""
+    while True:
+        try:
+            message = pipe.recv()
+        except (EOFError, OSError):
+            os._exit(0)  # the owner is gone: nothing that is still being made has a reader
+        taker.result()(message)
+
+
+async def _answer(pipe: Connection, taker: "Future[Callable[[Message], object]]", engine: Engine) -> None:
     loop = asyncio.get_running_loop()
     tasks: dict[int, asyncio.Task[None]] = {}
     closing = loop.create_future()
@@ -195,7 +210,7 @@ async def _answer(pipe: Connection, engine: Engine) -> None:
         try:
             pipe.send(message)
         except OSError:
-            os._exit(0)  # the actor is gone: nothing that is still being made has a reader
+            os._exit(0)  # as in `_read`
 
     async def generate(number: int, request: Request) -> None:
         try:
@@ -213,7 +228,7 @@ async def _answer(pipe: Connection, engine: Engine) -> None:
             send("stats", engine.stats())  # the owner may look at them as soon as it has its last answer
         send("done", number, result)
 
-    def take(message: tuple[Any, ...]) -> None:
+    def take(message: Message) -> None:
         kind, *values = message
         if kind == "generate":
             tasks[values[0]] = loop.create_task(generate(*values))
@@ -222,15 +237,7 @@ async def _answer(pipe: Connection, engine: Engine) -> None:
         elif kind == "close" and not closing.done():
             closing.set_result(None)
 
-    def read() -> None:
-        while True:
-            try:
-                message = pipe.recv()
-            except (EOFError, OSError):
-                os._exit(0)  # as above
-            loop.call_soon_threadsafe(take, message)
-
-    threading.Thread(target=read, name="pipe-reader", daemon=True).start()
+    taker.set_result(lambda message: loop.call_soon_threadsafe(take, message))
     last = None
     while not closing.done():
         stats = engine.stats()

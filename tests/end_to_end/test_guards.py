@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import Reference, tiny_pool
+from tests.end_to_end.conftest import RayHead, Reference, tiny_pool
 from tests.end_to_end.jobs import CommandLine, Job, files, stopped, write_shard
 
 STALL_MINUTES = 0.3  # longer than a slow machine takes to start an engine; the tests in between run meanwhile
@@ -75,6 +75,21 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert line.startswith("error: ")
     assert message in line
     assert completed.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"RAY_AUTH_TOKEN": "0" * 64, "RAY_NUM_REDIS_GET_RETRIES": "2"}, {"RAY_AUTH_TOKEN_PATH": "no-such-file"}],
+    ids=["wrong", "missing"],
+)
+def test_a_wrong_or_missing_token_is_one_line_that_names_where_it_goes(
+    changed: dict[str, str], ray_head: RayHead, job: list[str], new_folder: Callable[[], Path], tmp_path: Path
+) -> None:
+    with CommandLine({**ray_head.environment, **changed}, ray_head.raylet, new_folder) as stranger:
+        completed = stranger.run(*job, f"output.root={tmp_path / 'output'}").expect(2)
+    (line,) = completed.errors
+    assert line.startswith(f"error: no Ray cluster at {ray_head.address} (site.ray_address or RAY_ADDRESS) lets ")
+    assert "RAY_AUTH_MODE=token" in line and "`ray get-auth-token`" in line
 
 
 def test_help_lists_the_keys(lone_command_line: CommandLine) -> None:

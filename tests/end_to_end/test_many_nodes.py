@@ -45,7 +45,9 @@ def nodes(monkeypatch: pytest.MonkeyPatch, new_folder: Callable[[], Path]) -> It
 
 def add_node(cluster: Cluster, num_gpus: int) -> Node:
     """Add a node; it is there when this returns."""
-    node = cluster.add_node(num_cpus=16, num_gpus=num_gpus, object_store_memory=100 << 20, include_dashboard=False)
+    node = cluster.add_node(
+        num_cpus=16, num_gpus=num_gpus, labels={"zone": "a"}, object_store_memory=100 << 20, include_dashboard=False
+    )
     cluster.wait_for_nodes()
     return node
 
@@ -77,6 +79,16 @@ def test_replicas_stay_whole_on_their_nodes(nodes: Nodes, job: list[str]) -> Non
     placed = running.until(lambda: found if (found := nodes.where(running, "aligner")).total() == 3 else None, "3 run")
     assert sorted(placed.values()) == [1, 1, 1]
     running.wait().expect(0)
+
+
+def test_what_fits_finds_its_place_whatever_starts_first(nodes: Nodes, job: list[str]) -> None:
+    """Two policies of 4 GPUs, started first and spread as Ray spreads them, would leave no node whole for the 8."""
+    add_node(nodes.cluster, num_gpus=8)
+    pools = [*STORED, "policy.num_gpus=4", "policy.replicas=2", "aligner=identity", "aligner.num_gpus=8"]
+    running = nodes.command_line.start(*job, *pools, "policy.label_selector.zone=a", "run.stall_minutes=1")
+    placed = running.until(lambda: found if (found := nodes.where(running, "policy")).total() == 2 else None, "2 run")
+    assert list(placed.values()) == [2]
+    assert "Warning" not in running.wait().expect(0).stderr
 
 
 def test_a_node_that_dies_costs_no_row(nodes: Nodes, job: list[str], tiny_llama: Path, tmp_path: Path) -> None:

@@ -1,8 +1,14 @@
 """Whether pools fit onto nodes, and what a person is told when they do not."""
 
-import pytest
+from dataclasses import replace
+from random import Random
 
-from pipelines.placement import Need, Node, left_over, refusal
+import pytest
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+from actors.contract import TransientError
+from pipelines import placement
+from pipelines.placement import Need, Node, fit, left_over, node_ids, refusal, wait_until_placeable
 
 EIGHT = [Node("a", 32, 8), Node("b", 32, 8)]
 
@@ -34,6 +40,91 @@ def test_a_pool_goes_only_to_nodes_with_its_labels() -> None:
     (missing,) = left_over([Need("policy", 5, 1, 1, {"pool": "policy"})], nodes)
     assert str(missing) == "policy: 1 x 1 GPUs and 1 CPUs, on nodes with pool=policy"
     assert left_over([Need("policy", 5, 1, 1, {"pool": "!aligner"})], nodes) == []  # Ray's to decide
+
+
+def test_a_pool_that_may_go_anywhere_leaves_the_labelled_nodes_to_those_that_need_them() -> None:
+    nodes = [Node("p", 8, 4, {"burnish": "policy"}), Node("b", 8, 8)]
+    needs = [Need("policy", 4, 1, 1, {"burnish": "policy"}), Need("aligner", 2, 1, 4)]
+    places, missing = fit(needs, nodes)
+    assert missing == []
+    assert places == {"policy": [nodes[0]] * 4, "aligner": [nodes[1]] * 2}
+
+
+@pytest.mark.parametrize(
+    ("unused", "policies", "aligner"),
+    [
+        ([8, 8], "bb", "a"),  # the emptiest node first
+        ([6, 5], "aa", "b"),  # spread, the aligner would take `a`, and one policy had no place
+        ([3, 3], "ab", "a"),  # for the time being another job has too much: they wait on the nodes that can hold them
+    ],
+)
+def test_replicas_are_spread_over_what_is_free_where_all_fit(
+    unused: list[int], policies: str, aligner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def live_nodes(free: bool = False) -> list[Node]:
+        return [Node(id, 32, gpus, id=id) for id, gpus in zip("ab", unused if free else [8, 8], strict=True)]
+
+    monkeypatch.setattr(placement, "live_nodes", live_nodes)
+    planned = node_ids([Need("policy", 2, 1, 3), Need("aligner", 1, 1, 5)])
+    assert planned == {"policy": [*policies], "aligner": [*aligner]}
+
+
+def feasible(needs: list[Need], nodes: list[Node]) -> bool:
+    """Whether the GPUs have place for all, found by trying everything."""
+    if not needs:
+        return True
+    need, *others = needs
+    if not need.count:
+        return feasible(others, nodes)
+    tried = [node for node in nodes if node.gpus >= need.gpus and need.may_run_on(node)]
+    return any(
+        feasible(
+            [replace(need, count=need.count - 1), *others],
+            [replace(each, gpus=each.gpus - need.gpus) if each is node else each for each in nodes],
+        )
+        for node in tried
+    )
+
+
+def test_no_ask_that_is_feasible_is_refused() -> None:
+    """Replicas and nodes of 1, 2, 4 or 8 GPUs, one label: whatever has a place at all is given one."""
+    random, num_feasible = Random(0), 0
+    while num_feasible < 200:
+        labels = [{}, {"pool": "policy"}, {"pool": "aligner"}]
+        nodes = [Node(str(at), 64, random.choice([1, 2, 4, 8]), random.choice(labels)) for at in range(3)]
+        needs = [
+            Need(name, random.randint(1, 3), 1, random.choice([1, 2, 4, 8]), random.choice([{}, *labels]))
+            for name in ("policy", "aligner")
+        ]
+        asked, there = sum(need.count * need.gpus for need in needs), sum(node.gpus for node in nodes)
+        if not there / 2 <= asked <= there or not feasible(needs, nodes):
+            continue
+        num_feasible += 1
+        assert left_over(needs, nodes) == [], (needs, nodes)
+
+
+def test_a_wait_says_now_and_then_what_is_missing_and_how_long_it_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(placement.time, "monotonic", lambda: now)
+    monkeypatch.setattr(placement.time, "sleep", sleep)
+    monkeypatch.setattr(placement, "is_autoscaler_v2", lambda: True)
+    monkeypatch.setattr(placement, "_request", lambda needs: None)
+    monkeypatch.setattr(placement, "_status", GetClusterStatusReply)
+    monkeypatch.setattr(placement, "live_nodes", lambda: EIGHT if now < 1030 else [*EIGHT, Node("c", 8, 8)])
+    said: list[str] = []
+    needs = [Need("policy", 8, 1, 1), Need("aligner", 2, 1, 8)]
+    wait_until_placeable(needs, 600, say_every_s=10, announce=said.append)
+    assert said == [f"waiting up to {left} s for nodes: policy: 8 x 1 GPUs and 1 CPUs" for left in (600, 590, 580)]
+
+    said.clear()
+    with pytest.raises(TransientError, match="do not fit after 15 s"):
+        wait_until_placeable([Need("aligner", 4, 1, 8)], 15, say_every_s=10, announce=said.append)
+    assert [line.partition(" for ")[0] for line in said] == ["waiting up to 15 s", "waiting up to 5 s"]
 
 
 def test_the_refusal_does_the_arithmetic() -> None:

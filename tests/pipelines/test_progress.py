@@ -68,7 +68,8 @@ def test_a_stall_ends_the_process_with_a_diagnosis() -> None:
         "import sys; sys.path.insert(0, '.')\n"
         "from tests.pipelines.test_progress import totals, Tally\n"
         "from pipelines.progress import _give_up\n"
-        "_give_up(totals(4, 5), Tally(num_units=7), 120.0)\n"
+        "asks = {'policy': '2 x 1 CPUs', 'aligner': '1 x 8 GPUs and 1 CPUs'}\n"
+        "_give_up(totals(4, 5), asks, Tally(num_units=7), 120.0)\n"
     )
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == STALLED
@@ -76,4 +77,5 @@ def test_a_stall_ends_the_process_with_a_diagnosis() -> None:
     assert "policy: engines running; last progress 3 s ago; 5 candidates running, 1 waiting; units in flight: u1" in (
         ended.stderr
     )
+    assert "aligner: no replica has started (asked for 1 x 8 GPUs and 1 CPUs)" in ended.stderr
     assert "7 units were committed" in ended.stderr

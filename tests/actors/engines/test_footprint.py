@@ -2,13 +2,18 @@
 
 import asyncio
 import json
+import os
+import re
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import hf_hub_download
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -21,9 +26,11 @@ from transformers import (
 )
 
 from actors.engines.base import EngineConfig, Request
-from actors.engines.footprint import Footprint, footprint
+from actors.engines.footprint import Footprint, _headers_at_hub, footprint
+from actors.engines.identity import safetensors_header
 from actors.engines.torch_engine import TorchEngine, load_model
 
+COMMIT = "0" * 40
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "uint8": "U8"}
 KINDS = ["llama", "gemma2", "qwen2", "mistral"]
 
@@ -162,15 +169,114 @@ def test_quantized_weights_stay_as_they_are(tmp_path: Path) -> None:
     assert of(tmp_path, dtype="float32") == Footprint(15, None, 2048)
 
 
-def test_a_hub_id_is_looked_up_in_the_cache_and_never_fetched(
-    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
-    config = EngineConfig(model="owner/name", revision="0" * 40)
-    assert footprint(config) is None
-    shutil.copytree(llama_folder, tmp_path / "models--owner--name" / "snapshots" / ("0" * 40))
-    assert footprint(config) == of(llama_folder)
+class Hub(BaseHTTPRequestHandler):
+    """What huggingface_hub asks of a hub for the files in `folder`. Notes every answer's path and number of bytes."""
+
+    protocol_version = "HTTP/1.1"
+    folder: Path
+    sent: list[tuple[str, int]]
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, *, with_body: bool) -> None:
+        prefix, _, name = self.path.partition(f"/resolve/{COMMIT}/")
+        path = self.folder / name
+        found = prefix == "/owner/name" and path.is_file()
+        data = path.read_bytes() if found else b""
+        asked = re.match(r"bytes=(\d+)-(\d+)$", self.headers.get("Range", ""))
+        part = data[int(asked[1]) : int(asked[2]) + 1] if asked else data
+        self.send_response((206 if asked else 200) if found else 404)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("ETag", f'"{name}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        if not found:
+            self.send_header("X-Error-Code", "EntryNotFound" if prefix == "/owner/name" else "RepoNotFound")
+        self.end_headers()
+        if with_body:
+            self.wfile.write(part)
+            self.sent.append((name, len(part)))
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    """A hub on loopback, without files as yet, and an empty cache."""
+
+    class ThisHub(Hub):
+        folder, sent = tmp_path / "hub", []
+
+    _headers_at_hub.cache_clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), ThisHub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield ThisHub
+        server.shutdown()
+    _headers_at_hub.cache_clear()
+
+
+def split_in_two(folder: Path) -> None:
+    """The model's one file of headers as two, with their index."""
+    whole = folder / "model.safetensors"
+    tensors = json.loads(safetensors_header(whole))
+    names = sorted(tensors.keys() - {"__metadata__"})
+    weight_map = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        text = json.dumps({name: tensors[name] for name in names if weight_map[name] == file}).encode()
+        (folder / file).write_bytes(len(text).to_bytes(8, "little") + text)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    whole.unlink()
+
+
+@pytest.mark.parametrize("num_files", [1, 2])
+def test_a_hub_tells_what_a_model_takes_and_sends_no_weights(hub: type[Hub], num_files: int) -> None:
+    folder = write_headers(hub.folder, LlamaConfig(num_hidden_layers=8, vocab_size=1024))
+    expected = of(folder, tensor_parallel_size=2)
+    if num_files == 2:
+        split_in_two(folder)
+    for path in folder.glob("*.safetensors"):
+        os.truncate(path, 2**24)  # zeros for weights
+    asked = EngineConfig(model="owner/name", revision=COMMIT, tensor_parallel_size=2)
+    assert footprint(asked) == footprint(asked) == expected
+    names = [name for name, _ in hub.sent]
+    assert len([name for name in names if name.endswith(".safetensors")]) == num_files
+    assert names.count("config.json") == 1
+    assert sum(size for _, size in hub.sent) < 2**20
+
+
+def test_a_hub_that_does_not_tell_leaves_it_unknown(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.folder.mkdir()
+    assert footprint(EngineConfig(model="owner/name", revision=COMMIT)) is None
+    LlamaConfig().save_pretrained(hub.folder)
+    _headers_at_hub.cache_clear()
+    assert footprint(EngineConfig(model="owner/name", revision=COMMIT)) is None  # its weights have another format
+    assert footprint(EngineConfig(model="owner/other", revision=COMMIT)) is None
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:1/{filename}")
+    _headers_at_hub.cache_clear()
+    assert footprint(EngineConfig(model="owner/name", revision=COMMIT)) is None
+
+
+def test_a_hub_id_that_is_cached_is_not_asked_for(hub: type[Hub], llama_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama_folder, tmp_path / "cache" / "models--owner--name" / "snapshots" / COMMIT)
+    assert footprint(EngineConfig(model="owner/name", revision=COMMIT)) == of(llama_folder)
+    assert not hub.sent
+
+
+def test_a_cache_that_holds_no_weights_is_filled_up_by_the_hub(hub: type[Hub], llama_folder: Path) -> None:
+    shutil.copytree(llama_folder, hub.folder)
+    hf_hub_download("owner/name", "tokenizer.json", revision=COMMIT)
+    assert footprint(EngineConfig(model="owner/name", revision=COMMIT)) == of(llama_folder)
 
 
 def test_without_a_model_there_is_nothing_to_take() -> None:

@@ -4,6 +4,8 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,16 +13,20 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors.contract import ConfigError, RowError
+from actors.contract import ConfigError, RowError, TransientError
 from actors.engines.base import Completion, EngineConfig, EngineStats, Request
-from actors.engines.hosted import MAX_ATTEMPTS, MAX_STARTS, HostedEngine
+from actors.engines.hosted import HARMLESS, MAX_ATTEMPTS, MAX_STARTS, HostedEngine
 from actors.engines.process import EngineDied, EngineProcess
 
 DOES_NOT_START = f"does not start: the engine's process ended with 7 while it was starting, {MAX_STARTS} times over"
 
 
 class Scripted:
-    """Answers with the prompt; `poison` in it kills the process, and every start is noted in a file."""
+    """Answers with the prompt; `poison` in it kills the process, and every start is noted in a file.
+
+    Beside that file, `.broken` ends each start, `.broken-once` the next one, `.slow` makes it take a minute, and
+    `.deadly` makes every prompt kill but the one that stands in it.
+    """
 
     def __init__(self, config: EngineConfig, num_threads: int) -> None:
         if config.model == "wrong":
@@ -33,11 +39,14 @@ class Scripted:
         if self.starts.with_suffix(".broken-once").exists():
             self.starts.with_suffix(".broken-once").unlink()
             os._exit(7)
+        if self.starts.with_suffix(".slow").exists():
+            time.sleep(60)
 
     async def generate(self, request: Request) -> Completion:
         assert isinstance(request.prompt, str)
         await asyncio.sleep(0.01 if "poison" in request.prompt else 0.05)
-        if "poison" in request.prompt:
+        deadly = self.starts.with_suffix(".deadly")
+        if "poison" in request.prompt or (deadly.exists() and request.prompt != deadly.read_text()):
             os.kill(os.getpid(), signal.SIGKILL)
         if "bad" in request.prompt:
             raise RowError("prompt_too_long", "too long")
@@ -173,6 +182,42 @@ def test_an_engine_that_breaks_while_suspects_are_tried_ends_every_request_with_
         assert DOES_NOT_START in str(answer)
 
 
+@pytest.mark.parametrize("num_requests", [1, 8])
+def test_an_engine_that_dies_of_everything_is_an_outage_and_condemns_nobody(starts: Path, num_requests: int) -> None:
+    engine = HostedEngine(Scripted, config_of(starts), 1)
+    starts.with_suffix(".deadly").touch()
+
+    async def broken() -> list[BaseException | Completion]:
+        requests = [engine.generate(Request(f"p{number}", 0)) for number in range(num_requests)]
+        return await asyncio.gather(*requests, return_exceptions=True)
+
+    answers = asyncio.run(broken())
+    assert [type(answer) for answer in answers] == [TransientError] * num_requests
+    assert "dies of every request" in str(answers[0])
+    assert "\n" not in str(answers[0])
+    assert num_starts(starts) == 1 + MAX_STARTS
+
+
+def test_an_engine_that_no_longer_answers_what_it_has_answered_before_condemns_nobody(starts: Path) -> None:
+    engine = HostedEngine(Scripted, config_of(starts), 1)
+
+    async def breaking() -> list[str]:
+        answers = await ask(engine, ["a", "b", "poison"])
+        starts.with_suffix(".deadly").write_text(str(HARMLESS.prompt))
+        with pytest.raises(TransientError):
+            await ask(engine, ["c"])
+        return answers
+
+    assert asyncio.run(breaking()) == ["A", "B", "engine_crash"]
+
+
+@pytest.mark.parametrize("num_requests", [1, 2])
+def test_a_job_that_is_nothing_but_poison_comes_to_its_end(starts: Path, num_requests: int) -> None:
+    engine = HostedEngine(Scripted, config_of(starts), 1)
+    assert asyncio.run(ask(engine, ["poison"] * num_requests)) == ["engine_crash"] * num_requests
+    engine.close()
+
+
 def test_a_mistake_that_a_request_brings_to_light_is_told_and_kills_nothing(starts: Path) -> None:
     engine = HostedEngine(Scripted, config_of(starts), 1)
     with pytest.raises(ConfigError, match="there is no chat template"):
@@ -210,6 +255,36 @@ def test_the_process_ends_with_its_owner(starts: Path) -> None:
     while process._child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert process._child.poll() == 0
+
+
+OWNER = """
+import sys
+from actors.engines.base import EngineConfig
+from actors.engines.process import EngineProcess
+from tests.actors.engines.test_hosted import Scripted
+
+EngineProcess(Scripted, EngineConfig(model=sys.argv[1]), 1)
+"""
+
+
+def test_an_engine_that_is_still_being_built_ends_with_its_owner(starts: Path) -> None:
+    starts.with_suffix(".slow").touch()
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(starts)], env=environment)
+    try:
+        deadline = time.monotonic() + 50
+        while not starts.exists() or not starts.read_text().endswith("\n"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        engine = psutil.Process(int(starts.read_text()))
+    finally:
+        owner.kill()
+        owner.wait()
+    try:
+        engine.wait(20)
+    except psutil.TimeoutExpired:
+        engine.kill()
+        pytest.fail("the engine goes on being built for nobody")
 
 
 def test_a_hanging_engine_is_closed_by_force(starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,15 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from transformers import GPT2Config
+from torch.distributed.tensor import DTensor
+from transformers import GPT2Config, PreTrainedModel
 
 from actors.contract import ConfigError
 from actors.decoding.forward import Forward
 from actors.decoding.loop import DecodeLoop, Row
 from actors.engines import build_engine
 from actors.engines.base import Completion, DraftingConfig, EngineConfig, Request
+from actors.engines.footprint import footprint
 from actors.engines.hosted import HostedEngine
 from actors.engines.process import EngineDied
 from actors.engines.torch_engine import TorchEngine
@@ -192,25 +194,33 @@ def tokens_of(forward: Forward) -> list[list[int]]:
     return made
 
 
+def loaded_bytes(model: PreTrainedModel) -> int:
+    """Of the parameters that this rank holds."""
+    local = (each.to_local() if isinstance(each, DTensor) else each for each in model.parameters())
+    return sum(each.numel() * each.element_size() for each in local)
+
+
 RANK = """
 import sys
 import torch
 from actors.decoding.forward import Forward
 from actors.engines.base import EngineConfig
 from actors.engines.torch_model import join_ranks, load_model
-from tests.actors.engines.test_ranks import config_of, logits_of, tokens_of
+from tests.actors.engines.test_ranks import config_of, loaded_bytes, logits_of, tokens_of
 
 rank, store, out, *folders = sys.argv[1:]
 torch.set_num_threads(1)
 join_ranks(int(rank), 2, int(store), "cpu")
 models = [load_model(config_of(folder, tensor_parallel_size=2)) for folder in folders]
-made = [(logits_of(Forward(model)), tokens_of(Forward(model))) for model in models]
+found = [(logits_of(Forward(model)), tokens_of(Forward(model)), loaded_bytes(model)) for model in models]
 if rank == "0":
-    torch.save(made, out)
+    torch.save(found, out)
 """
 
 
-def test_shards_of_every_kind_of_model_add_up(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_shards_of_every_kind_add_up_and_take_what_was_told(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     folders = [str(model_folder(kind)) for kind in KINDS]
     store, out = os.memfd_create("ranks"), tmp_path / "logits"
     ranks = [
@@ -227,7 +237,10 @@ def test_shards_of_every_kind_of_model_add_up(model_folder: Callable[[str], Path
             rank.kill()
             rank.wait()
         os.close(store)
-    for kind, folder, (sharded, tokens) in zip(KINDS, folders, torch.load(out), strict=True):
+    for kind, folder, (sharded, tokens, num_bytes) in zip(KINDS, folders, torch.load(out), strict=True):
+        told = footprint(config_of(Path(folder), tensor_parallel_size=2))
+        assert told is not None
+        assert told.weight_bytes == num_bytes, kind
         model = load_model(config_of(Path(folder)))
         assert tokens == tokens_of(Forward(model)), kind
         for ours, theirs in zip(sharded, logits_of(Forward(model)), strict=True):

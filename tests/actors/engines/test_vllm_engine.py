@@ -236,6 +236,26 @@ def test_mistakes_are_told_in_one_line(folder: Path, tmp_path: Path) -> None:
         assert "\n" not in message
 
 
+PREFIX_CACHING = """
+import sys
+from unittest.mock import patch
+from vllm.config import ModelConfig
+from actors.engines.base import EngineConfig
+from actors.engines.vllm_engine import _vllm_config
+
+with patch.object(ModelConfig, "is_prefix_caching_supported", False):  # which is what vLLM goes by unless it is told
+    made = _vllm_config(EngineConfig(engine="vllm", model=sys.argv[1], device="cpu"))
+sys.exit(not made.cache_config.enable_prefix_caching)
+"""
+
+
+def test_prefixes_are_cached_whatever_vllm_would_choose(folder: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PREFIX_CACHING, str(folder)]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
 def test_a_missing_model_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no tokenizer at"):
         build_engine(config_of(tmp_path / "gone"), 1)
