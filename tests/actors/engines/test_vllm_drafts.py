@@ -1,0 +1,237 @@
+"""Drafts reach vLLM's proposer, are found again after what the model says otherwise, and stop where they do not pay.
+
+`Batch` stands in for vLLM where only its bookkeeping matters; real engines on the CPU are below.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from actors.engines.vllm_drafts import AlignedDraft, DraftFolder, DraftProposer, Outcome, Pace
+
+LIMIT = 200  # tokens of a row
+CHEAP = [(1, 1.0), (8, 1.0), (512, 1.0)]  # positions are free
+DEAR = [(1, 1.0), (8, 8.0), (512, 512.0)]  # a position costs what a token is worth
+
+
+class Asked:
+    """A request to `Batch`: what the model will say to it, and what happens on the way."""
+
+    def __init__(self, prompt: list[int], answer: list[int], draft: list[int] | None) -> None:
+        self.prompt, self.answer, self.draft = prompt, answer, draft
+        self.made: list[int] = []
+        self.num_steps = self.num_accepted = self.num_guessed = 0
+        self.guesses: list[int] = []
+        self.outcome = Outcome(None)
+
+
+class Batch:
+    """vLLM's persistent batch around a proposer: admits, checks guesses, closes gaps, and leaves requests out at times.
+
+    The model says `answer`, then 1 for ever.
+    """
+
+    def __init__(self, folder: DraftFolder, *, size: int = 4, num_guesses: int = 8, seed: int = 0) -> None:
+        self.folder, self.size, self.num_guesses = folder, size, num_guesses
+        self.random = random.Random(seed)
+        config = SimpleNamespace(
+            speculative_config=SimpleNamespace(num_speculative_tokens=num_guesses),
+            model_config=SimpleNamespace(max_model_len=LIMIT),
+            scheduler_config=SimpleNamespace(max_num_seqs=size),
+        )
+        self.proposer = DraftProposer(config)
+        self.tokens = np.zeros((size, LIMIT), np.int32)
+        self.num_steps = 0
+
+    def run(self, asked: Sequence[Asked]) -> None:
+        waiting, running, out, held = list(asked), [], [], {}
+        while waiting or running or out:
+            while out and len(running) < self.size:
+                running.append(out.pop())
+            while waiting and len(running) < self.size:
+                one = waiting.pop(0)
+                if one.draft is not None:
+                    held[one] = self.folder.holding(one.prompt, one.draft, max_tokens=len(one.answer))
+                    one.outcome = held[one].__enter__()
+                running.append(one)
+            self.step(running)
+            for i in reversed(range(len(running))):
+                one = running[i]
+                leaves = len(one.made) >= len(one.answer)
+                if leaves or (self.random.random() < 0.1 and len(running) > 1):
+                    last = running.pop()  # it fills the gap
+                    if i < len(running):
+                        running[i] = last
+                    if not leaves:
+                        out.append(one)
+                    elif one in held:
+                        held.pop(one).__exit__(None, None, None)
+
+    def step(self, running: list[Asked]) -> None:
+        self.num_steps += 1
+        sampled = []
+        for one in running:
+            says = [*one.answer, *[1] * LIMIT][len(one.made) :]
+            num = next((n for n, guess in enumerate(one.guesses) if guess != says[n]), len(one.guesses))
+            reads = not one.made and self.random.random() < 0.2  # its prompt is in two chunks
+            sampled.append([] if reads else says[: num + 1])
+            one.made += sampled[-1]
+            one.num_steps += not reads
+            one.num_accepted += num
+            one.num_guessed += len(one.guesses)
+        for i, one in enumerate(running):
+            row = one.prompt + one.made
+            self.tokens[i, : len(row)] = row
+        num_tokens = np.array([len(one.prompt) + len(one.made) for one in running])
+        proposed = self.proposer.propose(sampled, num_tokens, self.tokens, slot_mappings=None)
+        assert len(proposed) == len(running)
+        for one, guesses in zip(running, proposed, strict=True):
+            assert len(guesses) <= self.num_guesses and len(one.prompt) + len(one.made) + len(guesses) < LIMIT
+            one.guesses = list(guesses)
+
+
+@pytest.fixture
+def folder() -> Iterator[DraftFolder]:
+    folder = DraftFolder(None)
+    yield folder
+    folder.close()
+    assert not folder.path.exists()
+
+
+def draw(generator: random.Random, num: int) -> list[int]:
+    return [generator.randrange(2, 500) for _ in range(num)]
+
+
+def altered(answer: list[int], generator: random.Random) -> list[int]:
+    """With a run of tokens put in, one taken out, and one replaced, at least 20 tokens apart."""
+    at = generator.randrange(5, 10)
+    answer = answer[:at] + draw(generator, generator.randrange(1, 4)) + answer[at:]
+    answer = answer[: at + 25] + answer[at + 25 + generator.randrange(1, 4) :]
+    num = generator.randrange(1, 4)
+    return answer[: at + 50] + draw(generator, num) + answer[at + 50 + num :]
+
+
+def make_asked(num: int, draft: str, seed: int = 0) -> list[Asked]:
+    generator = random.Random(seed)
+    asked = []
+    for _ in range(num):
+        prompt, answer = draw(generator, generator.randrange(1, 20)), draw(generator, 90)
+        drafts = {
+            "exact": answer, "altered": altered(answer, generator), "garbage": draw(generator, 90),
+            "short": answer[:40], "empty": [], "none": None,
+        }  # fmt: skip
+        asked.append(Asked(prompt, answer, drafts[draft]))
+    return asked
+
+
+def test_an_exact_draft_takes_the_fewest_steps(folder: DraftFolder) -> None:
+    asked = make_asked(30, "exact")
+    Batch(folder).run(asked)
+    assert {one.num_steps for one in asked} == {1 + -(-89 // 9)}  # the first token comes without a guess
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_draft_is_found_again_behind_what_differs(folder: DraftFolder, seed: int) -> None:
+    asked = make_asked(30, "altered", seed)
+    Batch(folder, seed=seed).run(asked)
+    # 90 tokens. At each of three places: the guesses end, up to three tokens that are not in the draft, and two by
+    # which the place is found again, all of them one by one.
+    assert max(one.num_steps for one in asked) <= 11 + 3 * (1 + 3 + 2)
+    unaligned = [Asked(one.prompt, one.answer, one.draft) for one in asked]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AlignedDraft, "_realign", lambda self: False)
+        Batch(folder, seed=seed).run(unaligned)
+    assert sum(one.num_steps for one in unaligned) > 2 * sum(one.num_steps for one in asked)
+
+
+@pytest.mark.parametrize("kind", ["exact", "altered", "garbage", "short", "empty", "none"])
+def test_what_became_of_a_draft_is_told(folder: DraftFolder, kind: str) -> None:
+    asked = make_asked(30, kind)
+    Batch(folder).run(asked)
+    for one in asked:
+        expected = (one.num_steps, one.num_accepted) if kind not in ("empty", "none") else (None, None)
+        assert one.outcome.counts(len(one.made)) == expected
+    assert not [path for path in folder.path.iterdir() if path.suffix != ".json"]
+
+
+def test_guesses_behind_the_end_of_an_answer_did_not_stay() -> None:
+    told = Outcome(np.array([3, 10, 100, 31], np.int32))  # 13 tokens in three steps
+    assert [told.counts(num) for num in (13, 12, 11, 10)] == [(3, 10), (3, 10), (3, 9), (3, 8)]
+
+
+def test_guesses_end_where_nothing_more_is_wanted(folder: DraftFolder) -> None:
+    (one,) = make_asked(1, "exact")
+    one.draft = [*one.answer, *[1] * 50]  # the model would go on like this
+    Batch(folder).run([one])
+    assert len(one.made) == len(one.answer)
+
+
+def test_requests_of_one_prompt_do_not_disturb_each_other(folder: DraftFolder) -> None:
+    asked = [Asked([5, 6, 7], list(range(100, 190)), list(range(100 + i, 190))) for i in (0, 0, 3)]
+    Batch(folder, size=3).run([*asked, Asked([5, 6, 7, 100], list(range(101, 191)), list(range(101, 191)))])
+    assert all(one.num_steps < 30 for one in asked)
+
+
+def test_positions_that_are_free_are_all_used_and_dear_ones_not() -> None:
+    steps = {}
+    for name, costs in {"cheap": CHEAP, "dear": DEAR}.items():
+        folder = DraftFolder(costs)
+        for kind in ("exact", "garbage"):
+            asked = make_asked(60, kind)
+            Batch(folder).run(asked)
+            steps[name, kind] = [sum(one.num_steps for one in asked), sum(one.num_guessed for one in asked)]
+        folder.close()
+    tokens = 60 * 90
+    assert steps["cheap", "exact"][0] <= 60 * 12
+    assert steps["dear", "exact"][1] <= 0.01 * tokens and steps["dear", "garbage"][1] <= 0.01 * tokens
+    assert steps["cheap", "garbage"][0] <= tokens
+
+
+def test_poor_drafts_stop_and_good_ones_go_on_beside_them() -> None:
+    """A step of `size` positions costs 1, and each further one 1/8 of what a token is worth."""
+    folder = DraftFolder([(4, 1.0), (512, 1.0 + 508 / 32)])
+    good, poor = make_asked(20, "exact"), make_asked(20, "garbage", seed=1)
+    Batch(folder).run([one for pair in zip(good, poor, strict=True) for one in pair])
+    folder.close()
+    assert sum(one.num_guessed for one in poor) <= 0.1 * sum(len(one.made) for one in poor)
+    assert sum(one.num_steps for one in good[5:]) <= 0.35 * sum(len(one.made) for one in good[5:])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lengths_are_the_best_of_all(seed: int) -> None:
+    generator = random.Random(seed)
+    costs = [(1, 1.0), (5, 1.2), (9, 2.0), (40, 9.0)]
+    first, further = [[generator.random() for _ in range(3)] for _ in range(2)]
+    pace = Pace(costs)
+
+    def rate(lengths: Sequence[int]) -> float:
+        expected = sum(f * g**j for f, g, n in zip(first, further, lengths, strict=True) for j in range(n))
+        return float((4 + expected) / np.interp(4 + sum(lengths), *zip(*costs, strict=True)))
+
+    best = max(rate((a, b, c)) for a in range(4) for b in range(3) for c in range(6))
+    found = pace.lengths(first, further, [3, 2, 5], 4)
+    assert rate(found) == pytest.approx(best)
+    assert all(num <= room for num, room in zip(found, [3, 2, 5], strict=True))
+
+
+def test_without_its_folder_nothing_is_drafted_and_nothing_breaks(folder: DraftFolder) -> None:
+    batch = Batch(folder)
+    folder.close()
+    asked = make_asked(10, "exact")
+    batch.run(asked)
+    Batch(folder).run(make_asked(3, "exact"))  # nor when the proposer is built without one
+    assert all(one.num_guessed == 0 and one.outcome.counts(90) == (None, None) for one in asked)
+
+
+def test_a_full_disk_costs_a_request_its_draft(folder: DraftFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    asked = make_asked(3, "exact")
+    Batch(folder).run(asked)
+    assert all(one.num_guessed == 0 for one in asked)
