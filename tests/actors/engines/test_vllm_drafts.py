@@ -3,15 +3,25 @@
 `Batch` stands in for vLLM where only its bookkeeping matters; real engines on the CPU are below.
 """
 
+import asyncio
 import random
+import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
-from actors.engines.vllm_drafts import AlignedDraft, DraftFolder, DraftProposer, Outcome, Pace
+from actors.engines import build_engine
+from actors.engines.base import Completion, DraftingConfig, EngineConfig, Request
+from actors.engines.hosted import HostedEngine
+from actors.engines.torch_engine import TorchEngine
+from actors.engines.vllm_drafts import FOLDER, AlignedDraft, DraftFolder, DraftProposer, Outcome, Pace
+from tests.tiny_models import build_tiny_llama
 
 LIMIT = 200  # tokens of a row
 CHEAP = [(1, 1.0), (8, 1.0), (512, 1.0)]  # positions are free
@@ -235,3 +245,114 @@ def test_a_full_disk_costs_a_request_its_draft(folder: DraftFolder, monkeypatch:
     asked = make_asked(3, "exact")
     Batch(folder).run(asked)
     assert all(one.num_guessed == 0 for one in asked)
+
+
+# --- real engines ---------------------------------------------------------------------------------------------------
+
+TIMEOUT = 300  # seconds; a hang fails instead of stalling the suite
+MAX_TOKENS = 48
+GUESSES = 8
+BEYOND = "beyond the model"  # the tokenizer knows it as one token, the model has no row for it
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama that says whole words, so that the text of an answer has the tokens of the answer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = build_tiny_llama(tmp_path_factory.mktemp("drafts"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    words = [i for word, i in tokenizer.get_vocab().items() if re.fullmatch("Ġ[a-z]+", word)]
+    silent = sorted(set(range(model.config.vocab_size)) - {*words, tokenizer.eos_token_id})
+    model.lm_head.weight.data[silent] = 0.0
+    model.save_pretrained(folder)
+    tokenizer.add_tokens([BEYOND])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def config_of(model: Path, **settings: Any) -> DraftingConfig:
+    defaults = {
+        "engine": "vllm", "dtype": "float32", "device": "cpu", "max_tokens": MAX_TOKENS, "max_num_seqs": 8,
+        "decoder": "parallel", "block_size": GUESSES + 1,
+    }  # fmt: skip
+    return DraftingConfig(model=str(model), **(defaults | settings))
+
+
+def make_all(engine: Any, requests: Sequence[Request]) -> list[Completion]:
+    async def make() -> list[Completion]:
+        return await asyncio.wait_for(asyncio.gather(*map(engine.generate, requests)), TIMEOUT)
+
+    return asyncio.run(make())
+
+
+def chats(num: int, drafts: Sequence[str | None] | None = None) -> list[Request]:
+    return [Request((("user", f"Give me {i} reasons."),), i, drafts[i] if drafts else None) for i in range(num)]
+
+
+@pytest.fixture(scope="module")
+def plain(model: Path) -> list[Completion]:
+    """What the torch engine says, one token at a time; `test_vllm_engine.py` shows that plain vLLM says the same."""
+    config = EngineConfig("torch", str(model), dtype="float32", device="cpu", max_tokens=MAX_TOKENS)
+    engine = TorchEngine(config, 2)
+    made = make_all(engine, chats(32))
+    engine.close()
+    assert len({completion.text for completion in made}) > 28
+    assert {completion.finish_reason for completion in made} == {"stop", "length"}
+    return made
+
+
+@pytest.fixture(scope="module")
+def drafting(model: Path) -> Iterator[HostedEngine]:
+    engine = build_engine(config_of(model), 2)
+    assert isinstance(engine, HostedEngine)
+    yield engine
+    engine.close()
+
+
+def draft_of(text: str, kind: str) -> str:
+    words = text.split()
+    middle = len(words) // 2
+    return {
+        "exact": text,
+        "altered": " ".join(["", *words[:middle], "more", "words", *words[middle + 2 :], "more"]),
+        "shifted": " ".join(["", *words[3:]]),
+        "garbage": " the model and the answer<|im_end|> of every token" * 5,
+        "beyond": f"{text[: len(text) // 2]}{BEYOND}{text}",
+        "empty": "",
+    }[kind]
+
+
+def same(made: list[Completion], plain: list[Completion]) -> bool:
+    return [(m.text, m.finish_reason, m.num_tokens) for m in made] == [
+        (p.text, p.finish_reason, p.num_tokens) for p in plain
+    ]
+
+
+@pytest.mark.parametrize("kind", ["exact", "altered", "shifted", "garbage", "beyond", "empty"])
+def test_drafts_change_no_answer(drafting: HostedEngine, plain: list[Completion], kind: str) -> None:
+    made = make_all(drafting, chats(32, [draft_of(completion.text, kind) for completion in plain]))
+    assert same(made, plain)
+    for completion in made:
+        assert completion.iterations is not None and completion.accepted is not None
+        num_tokens = completion.num_tokens + (completion.finish_reason == "stop")
+        assert completion.iterations + completion.accepted - num_tokens in (0, 1)  # 1: the end was a guess
+        if kind == "exact":
+            assert completion.iterations <= 1 + -(-num_tokens // (GUESSES + 1))
+        if kind == "altered":
+            assert completion.iterations <= 16
+
+
+def test_answers_without_a_draft_stand_beside_those_with_one(drafting: HostedEngine, plain: list[Completion]) -> None:
+    made = make_all(drafting, chats(32, [completion.text if i % 2 else None for i, completion in enumerate(plain)]))
+    assert same(made, plain)
+    assert all((completion.iterations is not None) == bool(i % 2) for i, completion in enumerate(made))
+
+
+def test_an_engine_outlives_its_folder(drafting: HostedEngine, plain: list[Completion]) -> None:
+    (core,) = [child for child in psutil.Process(drafting.pid).children() if child.children()]
+    shutil.rmtree(core.environ()[FOLDER])
+    made = make_all(drafting, chats(32, [completion.text for completion in plain]))
+    assert same(made, plain)
+    assert all(completion.iterations is None for completion in made)
