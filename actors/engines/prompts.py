@@ -58,11 +58,6 @@ def check_room(ids: list[int], max_tokens: int, limit: int) -> None:
         raise RowError("prompt_too_long", message)
 
 
-def encode_draft(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of an answer as a model would have made it: all of it is text, strings like special tokens too."""
-    return _ids(tokenizer, text, plain=True)
-
-
 def render_prompt(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """What a model that is given `ids` reads, special tokens visible."""
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

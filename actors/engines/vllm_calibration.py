@@ -10,7 +10,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from actors.engines.vllm_drafts import DraftFolder
+from actors.engines.vllm_drafts import DraftFolder, numbered
 
 LEAST_WITHOUT = 0.97
 """Drafts are out where poor ones would leave less than this of the tokens per second: they may cost 5 % in all."""
@@ -42,30 +42,33 @@ class Calibration:
     Attributes:
         num_requests: `max_num_seqs`.
         plain_s: without a proposer.
-        drafting: (positions, seconds) with one, by rising positions, the first without a guess.
+        drafting: with one, by the number of requests, one and all of them, and of positions; the fewest make no guess.
     """
 
     num_requests: int
     plain_s: float
-    drafting: tuple[tuple[int, float], ...]
+    drafting: Mapping[int, Mapping[int, float]]
 
     def __post_init__(self) -> None:
         """Raises ValueError for what cannot have been measured."""
-        positions, seconds = zip(*self.drafting, strict=True)
-        if positions[0] != self.num_requests or list(positions) != sorted(set(positions)):
-            raise ValueError(f"positions {positions} of {self.num_requests} requests")
-        if not all(0 < value < math.inf for value in (self.plain_s, *seconds)):
-            raise ValueError(f"seconds {self.plain_s}, {seconds}")
+        for num, curve in self.drafting.items():
+            if min(curve) != num or list(curve) != sorted(curve):
+                raise ValueError(f"positions {list(curve)} of {num} requests")
+            if not all(0 < seconds < math.inf for seconds in (self.plain_s, *curve.values())):
+                raise ValueError(f"seconds {self.plain_s}, {curve}")
+        if self.num_requests not in self.drafting:
+            raise ValueError(f"nothing of {self.num_requests} requests")
 
     @property
     def without(self) -> float:
         """Tokens per second of a drafting engine that makes no guess, as a share of the plain engine's."""
-        return self.plain_s / self.drafting[0][1]
+        return self.plain_s / self.drafting[self.num_requests][self.num_requests]
 
     @property
     def most(self) -> float:
         """The same where all guesses are right and as many as are best."""
-        return max(self.plain_s / seconds * positions / self.num_requests for positions, seconds in self.drafting)
+        curve = self.drafting[self.num_requests]
+        return max(self.plain_s / seconds * positions / self.num_requests for positions, seconds in curve.items())
 
     @property
     def pays(self) -> bool:
@@ -86,18 +89,20 @@ def calibrated(key: dict[str, Any], measure: Callable[[], Calibration]) -> Calib
     key = json.loads(json.dumps(key, default=str))  # as it is read again
     folder = Path(os.environ.get("BURNISH_CACHE") or "~/.cache/burnish").expanduser() / "calibration"
     path = folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # where nothing can be kept, it is measured each time
+            folder.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(held.enter_context(path.with_suffix(".lock").open("w")), fcntl.LOCK_EX)
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or a damaged one
             kept = json.loads(path.read_text())
             if kept.pop("key") == key:
-                return Calibration(**kept | {"drafting": tuple(map(tuple, kept["drafting"]))})
+                return Calibration(**kept | {"drafting": numbered(kept["drafting"])})
         found = measure()
         print(f"decoder auto: {found}; {'drafts' if found.pays else 'no drafts'} ({path})", file=sys.stderr, flush=True)
-        hidden = path.with_suffix(".part")
-        hidden.write_text(json.dumps({"key": key, **asdict(found)}, indent=1))
-        hidden.rename(path)
+        with contextlib.suppress(OSError):
+            hidden = path.with_suffix(".part")
+            hidden.write_text(json.dumps({"key": key, **asdict(found)}, indent=1))
+            hidden.rename(path)
     return found
 
 
@@ -113,13 +118,15 @@ def measure(start: Start, *, num_requests: int, max_guesses: int, max_model_len:
     drafts = generator.integers(0, num_words, (num_requests, STEPS + max_guesses + 2)).tolist()
     numbers = sorted({min(2**n - 1, max_guesses) for n in range(max_guesses.bit_length() + 1)})
 
-    async def with_proposer(llm: AsyncLLM, folder: DraftFolder) -> list[tuple[int, float]]:
-        found: list[tuple[int, float]] = []
-        for num in numbers:
-            found.append((num_requests * (1 + num), await _step_s(llm, prompts, drafts, folder, num)))
-            paces = [positions / seconds for positions, seconds in found]
-            if paces[-1] < max(paces):
-                break
+    async def with_proposer(llm: AsyncLLM, folder: DraftFolder) -> dict[int, dict[int, float]]:
+        found: dict[int, dict[int, float]] = {}
+        for count in {1, num_requests}:
+            curve = found[count] = {}
+            for num in numbers:
+                curve[count * (1 + num)] = await _step_s(llm, prompts[:count], drafts, folder, num)
+                paces = [positions / seconds for positions, seconds in curve.items()]
+                if paces[-1] < max(paces):
+                    break
         return found
 
     llm = start(0)
@@ -136,7 +143,7 @@ def measure(start: Start, *, num_requests: int, max_guesses: int, max_model_len:
             llm.shutdown(timeout=1)
     finally:
         folder.close()
-    return Calibration(num_requests, plain_s, tuple(drafting))
+    return Calibration(num_requests, plain_s, drafting)
 
 
 async def _step_s(

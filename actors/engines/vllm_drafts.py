@@ -12,13 +12,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from actors.decoding.cost import StepCost, block_sizes
+from actors.decoding.parallel import Drafter, Record
 
 FOLDER = "BURNISH_DRAFTS"
 """Environment variable by which a proposer finds the folder of its engine."""
@@ -27,13 +31,15 @@ MAX_GUESSES = 31
 
 _COSTS = "costs.json"
 _STEPS, _ACCEPTED, _MAX_TOKENS, _MAX_GUESSES, _HEADER = range(5)  # of a draft's file: numbers, then the draft's tokens
-_LONGEST_MATCH = 8
-_MEMORY = 1000  # tokens; of what all requests have taught, half is forgotten then
-_CAUTION = 4  # tokens that a request must have seen to go by them as much as by what the others have taught
 
 Tokens = NDArray[np.int32]
-Costs = Sequence[tuple[int, float]]
-"""(positions, seconds) of steps, by rising positions."""
+Costs = Mapping[int, Mapping[int, float]]
+"""Seconds of steps by their numbers of requests and of positions, as `StepCost` has them."""
+
+
+def numbered(costs: Mapping[str, Mapping[str, float]]) -> Costs:
+    """Costs that JSON has given back with text for numbers."""
+    return {int(num): {int(positions): s for positions, s in curve.items()} for num, curve in costs.items()}
 
 
 # --- the engine's end -----------------------------------------------------------------------------------------------
@@ -90,10 +96,10 @@ class Outcome:
     mapped: Tokens | None
 
     def counts(self, num_tokens: int) -> tuple[int, int] | tuple[None, None]:
-        """(steps, guesses that stayed) of a request that gave `num_tokens` tokens; nulls where no proposer saw it.
+        """(steps, guesses that stayed) of an answer of `num_tokens` tokens; nulls where no proposer saw its request.
 
         A step makes one token of its own behind the guesses that it accepts. Where the answer ended among a step's
-        tokens, that one is gone, and so are the guesses behind the end.
+        tokens, that one is no part of it, nor are the guesses behind the end.
         """
         if self.mapped is None or not self.mapped[_STEPS]:
             return None, None
@@ -106,9 +112,13 @@ def _write(path: Path, numbers: list[int]) -> Tokens:
     """A new file, which shows up whole, as mapped memory; that stays when the file is removed."""
     hidden = path.with_suffix(".part")
     hidden.write_bytes(np.array(numbers, np.int32).tobytes())  # not through the map: a full disk would be a SIGBUS
-    mapped = np.memmap(hidden, np.int32, "r+")
+    mapped = _map(hidden)
     hidden.rename(path)
     return mapped
+
+
+def _map(path: Path) -> Tokens:
+    return np.memmap(path, np.int32, "r+").view(np.ndarray)  # the same memory, without the subclass's slow indexing
 
 
 def _name(prompt: Tokens) -> str:
@@ -134,8 +144,8 @@ class DraftProposer:
         costs = None
         with contextlib.suppress(OSError):  # without its folder there are no drafts, and nothing else is wrong
             costs = json.loads((self._folder / _COSTS).read_text())
-        self._pace = None if costs is None else Pace(costs)
-        self._habit = Habit(None)
+        self._cost = StepCost(numbered(costs)) if costs else None
+        self._drafts, self._predictions = Record(), Record()
         self._requests: list[_Request | None] = []  # as they stood in the last batch, behind them those out of it
 
     def load_model(self, *_: Any, **__: Any) -> None:
@@ -152,25 +162,24 @@ class DraftProposer:
             token_ids: int32 [requests, max_model_len], those tokens.
         """
         requests: list[_Request | None] = []
-        for i, made in enumerate(sampled_token_ids):
+        for i, (made, end) in enumerate(zip(sampled_token_ids, num_tokens.tolist(), strict=False)):
             request = None
             if made:
-                request = self._request(i, token_ids[i, : int(num_tokens[i]) - len(made)])
+                request = self._request(i, token_ids[i, : end - len(made)])
                 request.advance(made)
             requests.append(request)
         present = set(map(id, requests))
-        absent = (request for request in self._requests if id(request) not in present)
+        absent = (request for request in self._requests if request and id(request) not in present)
         self._requests = [*requests, *absent][: max(self._num_kept, len(requests))]
-        rooms = [min(self._num_guesses, self._limit - r.end - 1, r.room()) if r else 0 for r in requests]
-        drafted = [(r, i) for i, r in enumerate(requests) if r and rooms[i] > 0]
-        lengths = [rooms[i] for _, i in drafted]
-        if self._pace and drafted:
-            first, further = zip(*(request.habit.next() for request, _ in drafted), strict=True)
-            lengths = self._pace.lengths(first, further, lengths, len(requests))
-        guesses: list[list[int]] = [[] for _ in requests]
-        for (request, i), length in zip(drafted, lengths, strict=True):
-            guesses[i] = request.draft.guesses(length)
-        return guesses
+        offers, chances = [], []
+        for request in requests:
+            most = min(self._num_guesses, request.room(self._limit)) if request else 0
+            offer, chance = request.drafter.offer(most) if request and most > 0 else ([], np.empty(0))
+            offers.append(offer)
+            chances.append(chance)
+        if self._cost is None or not any(offers):
+            return offers
+        return [offer[:size] for offer, size in zip(offers, block_sizes(chances, self._cost), strict=True)]
 
     def _request(self, i: int, tokens: Tokens) -> "_Request":
         """The one whose prompt and answer before this step these are."""
@@ -181,154 +190,30 @@ class DraftProposer:
                 return known
         mapped: Tokens = np.zeros(_HEADER, np.int32)
         with contextlib.suppress(OSError):  # it has no draft
-            mapped = np.memmap(self._folder / _name(tokens), np.int32, "r+")
-        return _Request(content, mapped, self._habit)
+            mapped = _map(self._folder / _name(tokens))
+        return _Request(content, mapped, Drafter(mapped[_HEADER:].tolist(), 0, self._drafts, self._predictions))
 
 
 class _Request:
     """A request in the proposer's eyes: what it says so far, and its draft, of no tokens where it has none."""
 
-    def __init__(self, content: bytes, mapped: Tokens, shared: "Habit") -> None:
+    def __init__(self, content: bytes, mapped: Tokens, drafter: Drafter) -> None:
         self.content = bytearray(content)
-        self.draft = AlignedDraft(mapped[_HEADER:].tolist())
-        self.habit = Habit(shared)
+        self.drafter = drafter
         self._mapped = mapped
+        self._num_prompt = len(content) // mapped.itemsize
         self._num_tokens = self._num_steps = 0
-
-    @property
-    def end(self) -> int:
-        return len(self.content) // np.dtype(np.int32).itemsize
+        self._max_tokens, self._max_guesses = int(mapped[_MAX_TOKENS]), int(mapped[_MAX_GUESSES])
 
     def advance(self, made: list[int]) -> None:
-        self.content += np.array(made, np.int32).tobytes()
+        self.content += array("i", made).tobytes()
         self._num_tokens += len(made)
         self._num_steps += 1
-        if len(self._mapped) > _HEADER:
+        if self._max_guesses:
             # What it is by now, not what to add: each process of a tensor parallel group writes the same.
             self._mapped[_STEPS], self._mapped[_ACCEPTED] = self._num_steps, self._num_tokens - self._num_steps
-            for token in made:
-                self.habit.learn(self.draft.confirm(token), self.draft.found)
+            self.drafter.learn(made, len(made) - 1)
 
-    def room(self) -> int:
-        """Guesses that could stay: the step makes one token of its own behind them."""
-        num_left = int(self._mapped[_MAX_TOKENS]) - self._num_tokens - 1
-        return min(int(self._mapped[_MAX_GUESSES]), num_left, self.draft.num_left)
-
-
-# --- what to guess, and how much of it ------------------------------------------------------------------------------
-
-
-class AlignedDraft:
-    """A draft, and the place in it that stands for the next token of the answer.
-
-    `found` tells whether the token before that place is also the answer's newest.
-    """
-
-    def __init__(self, tokens: list[int]) -> None:
-        self.found = True
-        self._tokens = tokens
-        self._at = 0
-        self._made: list[int] = []
-        self._behind: dict[tuple[int, int], list[int]] | None = None  # places in the draft by the two tokens before
-
-    @property
-    def num_left(self) -> int:
-        return max(0, len(self._tokens) - self._at)
-
-    def guesses(self, most: int) -> list[int]:
-        return self._tokens[self._at : self._at + most]
-
-    def confirm(self, token: int) -> bool | None:
-        """Take the answer's next token; true if the draft had it there, null if it has ended.
-
-        After a wrong one the place is found again: where the longest run of the answer's newest tokens, two at least,
-        stands in the draft, nearest to the old place among equals. Else the token is taken for a substitute.
-        """
-        right = self._tokens[self._at] == token if self._at < len(self._tokens) else None
-        self._at += 1
-        self._made.append(token)
-        self.found = bool(right) or self._realign()
-        return right
-
-    def _realign(self) -> bool:
-        if self._behind is None:
-            self._behind = {}
-            for place, pair in enumerate(zip(self._tokens, self._tokens[1:], strict=False), 2):
-                self._behind.setdefault(pair, []).append(place)
-        places = self._behind.get((self._made[-2], self._made[-1])) if len(self._made) > 1 else None
-        if not places:
-            return False
-        self._at = max(places, key=lambda place: (self._match(place), -abs(place - self._at)))
-        return True
-
-    def _match(self, place: int) -> int:
-        """How many of the answer's newest tokens stand before this place in the draft, of those that are looked at."""
-        most = min(_LONGEST_MATCH, place, len(self._made))
-        return next((n for n in range(most) if self._tokens[place - 1 - n] != self._made[-1 - n]), most)
-
-
-class Habit:
-    """How often drafts are right where the token before was right, and where it was wrong.
-
-    Args:
-        shared: of all requests, which learns with this one and is what this one expects before it has seen much; null:
-            this is that one, and it forgets, so that it follows the requests of the day.
-    """
-
-    def __init__(self, shared: "Habit | None") -> None:
-        self._shared = shared
-        self._wrong, self._right = ([0, 0], [0, 0]) if shared else ([3, 1], [1, 9])  # by whether the last was right
-        self._last = True
-
-    def learn(self, right: bool | None, found: bool) -> None:
-        """Whether the draft had a token, null where it has ended, and whether it goes on behind that token."""
-        if right is not None:
-            self._count(self._last, right)
-            if self._shared is not None:
-                self._shared._count(self._last, right)
-        self._last = found
-
-    def next(self) -> tuple[float, float]:
-        """(chance of the next guess, chance of each further one where the one before it is right)."""
-        return self._rate(self._last), self._rate(True)
-
-    def _count(self, last: bool, right: bool) -> None:
-        counts = self._right if right else self._wrong
-        counts[last] += 1
-        if self._shared is None and counts[last] == _MEMORY:
-            self._right[last] //= 2
-            self._wrong[last] //= 2
-
-    def _rate(self, last: bool) -> float:
-        right, wrong = self._right[last], self._wrong[last]
-        if self._shared is None:
-            return right / (right + wrong)
-        return (right + _CAUTION * self._shared._rate(last)) / (right + wrong + _CAUTION)
-
-
-class Pace:
-    """How many guesses to make at each request, so that the tokens expected from a step, by its cost, are most.
-
-    Up to the knee, where a step waits for memory, a position is nearly free and every guess is made; beyond it, where a
-    step waits for arithmetic, a guess must be likelier than what a position there costs.
-    """
-
-    def __init__(self, costs: Costs) -> None:
-        positions, seconds = zip(*costs, strict=True)
-        slope = (seconds[-1] - seconds[-2]) / (positions[-1] - positions[-2]) if len(costs) > 1 else 0.0
-        far = 64 * positions[-1]
-        self._positions = (*positions, far)
-        self._seconds = (*seconds, seconds[-1] + max(slope, 0.0) * (far - positions[-1]))
-
-    def lengths(
-        self, first: Sequence[float], further: Sequence[float], rooms: list[int], num_requests: int
-    ) -> list[int]:
-        """Guesses at each drafted request, at most `rooms` of them, in a step of `num_requests` requests."""
-        steps = np.arange(max(rooms))
-        chances = np.array(first)[:, None] * np.array(further)[:, None] ** steps
-        chances[steps >= np.array(rooms)[:, None]] = 0.0
-        best_first = np.argsort(-chances, axis=None, kind="stable")
-        gains = np.concatenate([[0.0], np.cumsum(chances.ravel()[best_first])])
-        seconds = np.interp(num_requests + np.arange(len(gains)), self._positions, self._seconds)
-        num = int(np.argmax((num_requests + gains) / seconds))
-        return np.bincount(best_first[:num] // len(steps), minlength=len(rooms)).tolist()  # type: ignore[no-any-return]
+    def room(self, limit: int) -> int:
+        """Most guesses that could stay, in a row of `limit` tokens: behind them a step makes a token of its own."""
+        return min(self._max_guesses, min(self._max_tokens, limit - self._num_prompt) - self._num_tokens - 1)

@@ -1,6 +1,5 @@
 """The `vllm` engine: vLLM's AsyncLLM, whose engine core is a process below this one."""
 
-import contextlib
 import copy
 import difflib
 import itertools
@@ -87,12 +86,15 @@ class VllmEngine:
         """
         prompt = encode_prompt(self._tokenizer, request.prompt)
         reserved, draft = self._draft(request)
-        check_room([*prompt, *reserved], self._config.max_tokens, self._limit)
+        check_room(prompt, self._config.max_tokens, self._limit)
         greatest = max([*prompt, *reserved])
         if greatest >= self._num_words:  # vLLM would let it through where the tokenizer knows it, and die of it
             raise RowError("rejected_by_engine", f"token {greatest} is not one of the model's {self._num_words}")
         try:
-            with self._holding([*prompt, *reserved], draft) as outcome:
+            if self._drafts is None or not draft:
+                return await self._make(prompt, reserved, request.seed, Outcome(None))
+            max_tokens = self._config.max_tokens - len(reserved)
+            with self._drafts.holding([*prompt, *reserved], draft, max_tokens=max_tokens) as outcome:
                 return await self._make(prompt, reserved, request.seed, outcome)
         except VLLMClientError as error:  # the sampling settings were checked at the start: it is the prompt
             raise RowError("rejected_by_engine", _line(error)) from error
@@ -120,13 +122,9 @@ class VllmEngine:
         num = config.num_reserved
         if config.random_reserved:
             num = int(uniforms(request.seed, 1)[0] * (num + 1))
+        num = min(num, config.max_tokens - 1)  # they count among the answer's tokens, of which at least one is made
         guesses = itertools.takewhile(lambda token: token < self._num_words, tokens[num:])  # others are never right
         return tokens[:num], [*guesses, *self._ends]
-
-    def _holding(self, prompt: list[int], draft: list[int]) -> contextlib.AbstractContextManager[Outcome]:
-        if self._drafts is None or not draft:
-            return contextlib.nullcontext(Outcome(None))
-        return self._drafts.holding(prompt, draft, max_tokens=self._config.max_tokens)
 
     async def _make(self, prompt: list[int], reserved: list[int], seed: int, outcome: Outcome) -> Completion:
         tokens: list[int] = []
@@ -135,7 +133,7 @@ class VllmEngine:
         self._num_waiting += 1
         try:
             whole = tokens_input([*prompt, *reserved])
-            made = self._llm.generate(whole, self._sampling(seed), str(next(self._names)))
+            made = self._llm.generate(whole, self._sampling(seed, len(reserved)), str(next(self._names)))
             async for output in made:
                 (part,) = output.outputs
                 if not tokens:
@@ -152,10 +150,10 @@ class VllmEngine:
                 self._num_waiting -= 1
         if finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vllm ended a request with finish_reason {finish_reason!r}")
-        iterations, accepted = outcome.counts(len(tokens))
         if finish_reason == "stop" and not isinstance(stop_reason, str):  # null or the number of a token that ends
             tokens.pop()
             self._num_tokens -= 1
+        iterations, accepted = outcome.counts(len(tokens))
         answer = self._text(reserved, tokens, text, stop_reason)
         return Completion(answer, finish_reason, len(prompt), len(tokens), iterations=iterations, accepted=accepted)
 
@@ -170,14 +168,14 @@ class VllmEngine:
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _sampling(self, seed: int) -> SamplingParams:
+    def _sampling(self, seed: int, num_reserved: int = 0) -> SamplingParams:
         config = self._config
         return SamplingParams(
             temperature=config.temperature,
             top_p=config.top_p,
             top_k=config.top_k or 0,
             seed=seed,
-            max_tokens=config.max_tokens,
+            max_tokens=config.max_tokens - num_reserved,
             stop=list(config.stop),
             output_kind=RequestOutputKind.DELTA,
         )

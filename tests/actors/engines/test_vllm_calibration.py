@@ -16,9 +16,9 @@ from actors.engines.base import DraftingConfig, EngineConfig
 from actors.engines.vllm_calibration import Calibration, calibrated
 from actors.engines.vllm_drafts import MAX_GUESSES
 
-GOOD = Calibration(32, 0.100, ((32, 0.101), (64, 0.11), (128, 0.14)))
-DEAR = Calibration(32, 0.100, ((32, 0.108), (64, 0.11), (128, 0.14)))  # a proposer that never guesses costs 8 %
-FLAT = Calibration(32, 0.100, ((32, 0.101), (64, 0.20)))  # a position costs what a token is worth
+GOOD = Calibration(32, 0.100, {1: {1: 0.02, 8: 0.02}, 32: {32: 0.101, 64: 0.11, 128: 0.14}})
+DEAR = Calibration(32, 0.100, {32: {32: 0.108, 64: 0.11, 128: 0.14}})  # a proposer that never guesses costs 8 %
+FLAT = Calibration(32, 0.100, {32: {32: 0.101, 64: 0.20}})  # a position costs what a token is worth
 KEY = {"model": "m", "max_num_seqs": 32, "engine_kwargs": {"sizes": (1, 2)}}
 
 
@@ -59,8 +59,9 @@ def test_what_was_measured_is_kept(cache: Path, capfd: pytest.CaptureFixture[str
         lambda kept: "[]",
         lambda kept: json.dumps(kept | {"key": {}}),
         lambda kept: json.dumps(kept | {"drafting": []}),
-        lambda kept: json.dumps(kept | {"drafting": [[64, 0.1]]}),
-        lambda kept: json.dumps(kept | {"drafting": [[32, -0.1]]}),
+        lambda kept: json.dumps(kept | {"drafting": {}}),
+        lambda kept: json.dumps(kept | {"drafting": {"32": {"64": 0.1}}}),
+        lambda kept: json.dumps(kept | {"drafting": {"32": {"32": -0.1}}}),
         lambda kept: json.dumps(kept | {"plain_s": "fast"}),
         lambda kept: json.dumps({name: value for name, value in kept.items() if name != "plain_s"}),
         lambda kept: json.dumps(kept | {"of_a_later_version": 1}),
@@ -72,6 +73,11 @@ def test_a_damaged_calibration_is_made_anew(cache: Path, damage: Callable[[dict[
     path.write_text(damage(json.loads(path.read_text())))
     assert calibrated(KEY, lambda: FLAT) == FLAT
     assert calibrated(KEY, never) == FLAT
+
+
+def test_where_nothing_can_be_kept_it_is_measured_each_time(cache: Path) -> None:
+    cache.write_text("in the way")
+    assert [calibrated(KEY, lambda each=each: each) for each in (GOOD, FLAT)] == [GOOD, FLAT]  # type: ignore[misc]
 
 
 def test_engines_that_start_together_measure_once() -> None:
