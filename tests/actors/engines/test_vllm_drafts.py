@@ -145,6 +145,23 @@ def test_an_exact_draft_takes_the_fewest_steps(folder: DraftFolder) -> None:
     assert {one.num_steps for one in asked} == {1 + -(-89 // 9)}  # the first token comes without a guess
 
 
+def test_a_request_is_known_wherever_it_stands_in_the_batch(folder: DraftFolder) -> None:
+    """`Batch` moves requests and leaves them out; a proposer that looks for them in one place loses their drafts."""
+    real = DraftProposer._request
+
+    def beside(proposer: DraftProposer, i: int, tokens: np.ndarray) -> Any:
+        everywhere, proposer._requests = proposer._requests, proposer._requests[i : i + 1]
+        found = real(proposer, 0, tokens)
+        proposer._requests = everywhere
+        return found
+
+    asked = make_asked(30, "exact")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DraftProposer, "_request", beside)
+        Batch(folder).run(asked)
+    assert max(one.num_steps for one in asked) > 20
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_draft_is_found_again_behind_what_differs(folder: DraftFolder, seed: int) -> None:
     asked = make_asked(30, "altered", seed)
@@ -164,7 +181,7 @@ def test_what_became_of_a_draft_is_told(folder: DraftFolder, kind: str) -> None:
     asked = make_asked(30, kind)
     Batch(folder).run(asked)
     for one in asked:
-        expected = (one.num_steps, one.num_accepted) if kind not in ("empty", "none") else (None, None)
+        expected = (one.num_steps, one.num_accepted) if kind != "none" else (None, None)
         assert one.outcome.counts(len(one.made)) == expected
     assert not [path for path in folder.path.iterdir() if path.suffix != ".json"]
 
@@ -203,12 +220,12 @@ def test_positions_that_are_free_are_all_used_and_dear_ones_not() -> None:
 
 
 def test_poor_drafts_stop_and_good_ones_go_on_beside_them() -> None:
-    """A step of `size` positions costs 1, and each further one 1/8 of what a token is worth."""
+    """A step of four positions costs 1, and each further one an eighth of what a token is worth."""
     folder = DraftFolder({4: {4: 1.0, 512: 1.0 + 508 / 32}})
     good, poor = make_asked(20, "exact"), make_asked(20, "garbage", seed=1)
     Batch(folder).run([one for pair in zip(good, poor, strict=True) for one in pair])
     folder.close()
-    assert sum(one.num_guessed for one in poor) <= 0.1 * sum(len(one.made) for one in poor)
+    assert sum(one.num_guessed for one in poor) <= 0.2 * sum(len(one.made) for one in poor)
     assert sum(one.num_steps for one in good[5:]) <= 0.35 * sum(len(one.made) for one in good[5:])
 
 
