@@ -173,9 +173,9 @@ class DraftProposer:
         self._requests = [*requests, *absent][: max(self._num_kept, len(requests))]
         offers, chances = [], []
         for request in requests:
-            most = min(self._num_guesses, request.room(self._limit)) if request else 0
+            most = min(self._num_guesses, request.room(self._limit)) if request and request.has_draft else 0
             offer, chance = request.drafter.offer(most) if request and most > 0 else ([], np.empty(0))
-            offers.append(offer)
+            offers.append(offer[: request.max_guesses] if request else offer)
             chances.append(chance)
         if self._cost is None or not any(offers):
             return offers
@@ -203,17 +203,18 @@ class _Request:
         self._mapped = mapped
         self._num_prompt = len(content) // mapped.itemsize
         self._num_tokens = self._num_steps = 0
-        self._max_tokens, self._max_guesses = int(mapped[_MAX_TOKENS]), int(mapped[_MAX_GUESSES])
+        self._max_tokens, self.max_guesses = int(mapped[_MAX_TOKENS]), int(mapped[_MAX_GUESSES])
+        self.has_draft = len(mapped) > _HEADER
 
     def advance(self, made: list[int]) -> None:
         self.content += array("i", made).tobytes()
         self._num_tokens += len(made)
         self._num_steps += 1
-        if self._max_guesses:
+        if self.has_draft:
             # What it is by now, not what to add: each process of a tensor parallel group writes the same.
             self._mapped[_STEPS], self._mapped[_ACCEPTED] = self._num_steps, self._num_tokens - self._num_steps
             self.drafter.learn(made, len(made) - 1)
 
     def room(self, limit: int) -> int:
         """Most guesses that could stay, in a row of `limit` tokens: behind them a step makes a token of its own."""
-        return min(self._max_guesses, min(self._max_tokens, limit - self._num_prompt) - self._num_tokens - 1)
+        return min(self._max_tokens, limit - self._num_prompt) - self._num_tokens - 1

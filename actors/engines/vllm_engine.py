@@ -85,8 +85,8 @@ class VllmEngine:
             EngineDeadError: the engine core is gone; any other error is vLLM's own.
         """
         prompt = encode_prompt(self._tokenizer, request.prompt)
-        reserved, draft = self._draft(request)
         check_room(prompt, self._config.max_tokens, self._limit)
+        reserved, draft = self._draft(request)
         greatest = max([*prompt, *reserved])
         if greatest >= self._num_words:  # vLLM would let it through where the tokenizer knows it, and die of it
             raise RowError("rejected_by_engine", f"token {greatest} is not one of the model's {self._num_words}")
@@ -123,8 +123,8 @@ class VllmEngine:
         if config.random_reserved:
             num = int(uniforms(request.seed, 1)[0] * (num + 1))
         num = min(num, config.max_tokens - 1)  # they count among the answer's tokens, of which at least one is made
-        guesses = itertools.takewhile(lambda token: token < self._num_words, tokens[num:])  # others are never right
-        return tokens[:num], [*guesses, *self._ends]
+        known = itertools.takewhile(lambda token: token < self._num_words, [*tokens[num:], *self._ends])
+        return tokens[:num], list(known)
 
     async def _make(self, prompt: list[int], reserved: list[int], seed: int, outcome: Outcome) -> Completion:
         tokens: list[int] = []

@@ -181,7 +181,7 @@ def test_what_became_of_a_draft_is_told(folder: DraftFolder, kind: str) -> None:
     asked = make_asked(30, kind)
     Batch(folder).run(asked)
     for one in asked:
-        expected = (one.num_steps, one.num_accepted) if kind != "none" else (None, None)
+        expected = (one.num_steps, one.num_accepted) if one.draft else (None, None)
         assert one.outcome.counts(len(one.made)) == expected
     assert not [path for path in folder.path.iterdir() if path.suffix != ".json"]
 
@@ -252,6 +252,7 @@ def test_a_full_disk_costs_a_request_its_draft(folder: DraftFolder, monkeypatch:
 
 TIMEOUT = 300  # seconds; a hang fails instead of stalling the suite
 MAX_TOKENS = 48
+MODEL_LEN = 67  # a prompt and its answer fill it
 GUESSES = 8
 BEYOND = "beyond the model"  # the tokenizer knows it as one token, the model has no row for it
 
@@ -276,7 +277,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_of(model: Path, **settings: Any) -> DraftingConfig:
     defaults = {
         "engine": "vllm", "dtype": "float32", "device": "cpu", "max_tokens": MAX_TOKENS, "max_num_seqs": 8,
-        "decoder": "parallel", "block_size": GUESSES + 1,
+        "decoder": "parallel", "block_size": GUESSES + 1, "max_model_len": MODEL_LEN,
     }  # fmt: skip
     return DraftingConfig(model=str(model), **(defaults | settings))
 
@@ -357,3 +358,34 @@ def test_an_engine_outlives_its_folder(drafting: HostedEngine, plain: list[Compl
     made = make_all(drafting, chats(32, [completion.text for completion in plain]))
     assert same(made, plain)
     assert all(completion.iterations is None for completion in made)
+
+
+@pytest.mark.long
+def test_two_shards_keep_reserved_tokens_as_the_torch_engine_does(model: Path, plain: list[Completion]) -> None:
+    requests = chats(32, [draft_of(completion.text, "altered") for completion in plain])
+    settings = {"num_reserved": 6, "random_reserved": True}
+    torch_engine = TorchEngine(config_of(model, engine="torch", decoder="auto", **settings), 2)
+    expected = make_all(torch_engine, requests)
+    torch_engine.close()
+    assert not same(expected, plain)
+    engine = build_engine(config_of(model, tensor_parallel_size=2, **settings), 2)
+    made = make_all(engine, requests)
+    engine.close()
+    assert same(made, expected)
+    assert all(completion.accepted for completion in made if completion.num_tokens > 10)
+
+
+@pytest.mark.long
+def test_auto_measures_once_and_changes_no_answer(
+    model: Path, plain: list[Completion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BURNISH_CACHE", str(tmp_path))
+    kept = []
+    for _ in range(2):
+        engine = build_engine(config_of(model, decoder="auto"), 2)
+        made = make_all(engine, chats(32, [completion.text for completion in plain]))
+        engine.close()
+        assert same(made, plain)
+        (path,) = tmp_path.glob("calibration/*.json")
+        kept.append(path.stat().st_mtime_ns)
+    assert kept[0] == kept[1]
