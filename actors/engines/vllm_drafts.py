@@ -99,13 +99,14 @@ class Outcome:
         """(steps, guesses that stayed) of an answer of `num_tokens` tokens; nulls where no proposer saw its request.
 
         A step makes one token of its own behind the guesses that it accepts. Where the answer ended among a step's
-        tokens, that one is no part of it, nor are the guesses behind the end.
+        tokens, that one is no part of it, nor are the guesses behind the end. Behind a stop string vLLM goes on until
+        it is told: then there are steps too many, and guesses that stayed may be missed.
         """
         if self.mapped is None or not self.mapped[_STEPS]:
             return None, None
         steps, accepted = int(self.mapped[_STEPS]), int(self.mapped[_ACCEPTED])
         num_cut = steps + accepted - num_tokens
-        return steps, accepted - max(0, num_cut - 1)
+        return steps, accepted - min(accepted, max(0, num_cut - 1))
 
 
 def _write(path: Path, numbers: list[int]) -> Tokens:

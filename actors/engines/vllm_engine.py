@@ -153,9 +153,20 @@ class VllmEngine:
         if finish_reason == "stop" and not isinstance(stop_reason, str):  # null or the number of a token that ends
             tokens.pop()
             self._num_tokens -= 1
+        if isinstance(stop_reason, str):
+            num_behind = len(tokens) - self._num_until_stop(reserved, tokens)
+            self._num_tokens -= num_behind
+            del tokens[len(tokens) - num_behind :]
         iterations, accepted = outcome.counts(len(tokens))
         answer = self._text(reserved, tokens, text, stop_reason)
         return Completion(answer, finish_reason, len(prompt), len(tokens), iterations=iterations, accepted=accepted)
+
+    def _num_until_stop(self, reserved: list[int], tokens: list[int]) -> int:
+        """How many tokens it took to the first stop string: the last step's guesses may have gone on behind it."""
+        num = len(tokens)
+        while num > 1 and any(stop in self._decode([*reserved, *tokens[: num - 1]]) for stop in self._config.stop):
+            num -= 1
+        return num
 
     def _text(self, reserved: list[int], tokens: list[int], streamed: str, stop_reason: int | str | None) -> str:
         """The answer's text as the `torch` engine has it: vLLM's own drops a character that was cut at the end."""
