@@ -7,6 +7,7 @@ the engine learns what became of the draft.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ FOLDER = "BURNISH_DRAFTS"
 MAX_GUESSES = 31
 """Most guesses at a request in one step. vLLM makes room for that many logits of every request; 128 is its limit."""
 
+_PREFIX = "burnish-drafts-"
 _COSTS = "costs.json"
 _STEPS, _ACCEPTED, _MAX_TOKENS, _MAX_GUESSES, _HEADER = range(5)  # of a draft's file: numbers, then the draft's tokens
 
@@ -54,8 +56,16 @@ class DraftFolder:
 
     def __init__(self, costs: Costs | None) -> None:
         memory = Path("/dev/shm")
-        self.path = Path(tempfile.mkdtemp(prefix="burnish-drafts-", dir=memory if memory.is_dir() else None))
-        (self.path / _COSTS).write_text(json.dumps(costs))
+        parent = memory if memory.is_dir() else Path(tempfile.gettempdir())
+        for other in parent.glob(f"{_PREFIX}*"):
+            _remove_if_left(other)
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        hidden = self.path / "costs.part"
+        self._lock = hidden.open("w")  # shows, while this process lives, that the folder is in use
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._lock.write(json.dumps(costs))
+        self._lock.flush()
+        hidden.rename(self.path / _COSTS)
         os.environ[FOLDER] = str(self.path)
         self._live: dict[str, tuple[Tokens, int]] = {}  # by name: the mapped file, how many requests it is for
 
@@ -87,6 +97,7 @@ class DraftFolder:
 
     def close(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,13 @@ class Outcome:
         steps, accepted = int(self.mapped[_STEPS]), int(self.mapped[_ACCEPTED])
         num_cut = steps + accepted - num_tokens
         return steps, accepted - min(accepted, max(0, num_cut - 1))
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Remove the folder of an engine that was killed."""
+    with contextlib.suppress(OSError), (folder / _COSTS).open() as costs:
+        fcntl.flock(costs, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(path: Path, numbers: list[int]) -> Tokens:

@@ -4,9 +4,12 @@
 """
 
 import asyncio
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -236,6 +239,18 @@ def test_without_its_folder_nothing_is_drafted_and_nothing_breaks(folder: DraftF
     batch.run(asked)
     Batch(folder).run(make_asked(3, "exact"))  # nor when the proposer is built without one
     assert all(one.num_guessed == 0 and one.outcome.counts(90) == (None, None) for one in asked)
+
+
+LEAVE = "import os; from actors.engines.vllm_drafts import DraftFolder; print(DraftFolder(None).path); os._exit(1)"
+
+
+def test_the_folder_of_a_killed_engine_is_removed_by_the_next_one(folder: DraftFolder) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    ran = subprocess.run([sys.executable, "-c", LEAVE], capture_output=True, text=True, env=environment)
+    left = Path(ran.stdout.strip())
+    assert left.is_dir(), ran.stderr
+    DraftFolder(None).close()
+    assert not left.exists() and folder.path.is_dir()
 
 
 def test_a_full_disk_costs_a_request_its_draft(folder: DraftFolder, monkeypatch: pytest.MonkeyPatch) -> None:
