@@ -394,7 +394,8 @@ def test_two_shards_keep_reserved_tokens_as_the_torch_engine_does(model: Path, p
     made = make_all(engine, requests)
     engine.close()
     assert same(made, expected)
-    assert all(completion.accepted for completion in made if completion.num_tokens > 10)
+    assert sum(completion.accepted or 0 for completion in made) > 32  # counted once, though each shard has a proposer
+    assert all(completion.iterations <= completion.num_tokens + 1 for completion in made if completion.iterations)
 
 
 @pytest.mark.long
