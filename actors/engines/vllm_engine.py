@@ -1,12 +1,16 @@
 """The `vllm` engine: vLLM's AsyncLLM, whose engine core is a process below this one."""
 
+import copy
 import difflib
 import itertools
 import os
+import platform
 import re
+import sys
 from dataclasses import fields
 
 from vllm import SamplingParams
+from vllm import __version__ as vllm_version
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
@@ -18,10 +22,17 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor import Executor
 
 from actors.contract import ConfigError, RowError
-from actors.engines.base import Completion, EngineConfig, EngineStats, Request
+from actors.decoding.sampling import uniforms
+from actors.engines.base import Completion, DraftingConfig, EngineConfig, EngineStats, Request
+from actors.engines.identity import identity
 from actors.engines.process import end_group_with_this_process
-from actors.engines.prompts import check_room, encode_prompt, end_of_turn, load_tokenizer
+from actors.engines.prompts import check_room, encode_draft, encode_prompt, end_of_turn, load_tokenizer
+from actors.engines.vllm_calibration import calibrated, measure
+from actors.engines.vllm_drafts import MAX_GUESSES, Costs, DraftFolder, DraftProposer, Outcome
 
+AUTO_MAX_SEQS = 16
+"""More requests at a time than so many fill the machine by themselves: `auto` makes no guesses then, and does not
+measure what they would cost, for which vLLM would have to start twice more on every new node."""
 TELL_EVERY_TOKENS = 16
 """How often vLLM tells what it has made of a request; often enough for progress lines."""
 
@@ -32,11 +43,16 @@ class VllmEngine:
     `generate` is for one event loop. When it raises anything but RowError, the engine is closed and this process is to
     end.
 
+    With a `DraftingConfig` and a parallel decoder, the draft of a request is what vLLM guesses its next tokens by. A
+    proposer of guesses costs even where it makes none, so `auto` is decided before the engine starts: no guesses above
+    AUTO_MAX_SEQS requests at a time, else by a calibration, for which vLLM starts twice more the first time that a
+    model and its settings are seen on a machine.
+
     Args:
         num_threads: CPU threads, of all tensor parallel shards together.
 
-    Raises ConfigError for what is wrong with the model or with `engine_kwargs`; RuntimeError when the core does not
-    start.
+    Raises ConfigError for what is wrong with the model, the decoder or `engine_kwargs`; RuntimeError when the core does
+    not start.
     """
 
     def __init__(self, config: EngineConfig, num_threads: int) -> None:
@@ -48,6 +64,8 @@ class VllmEngine:
         vllm_config = _vllm_config(config)
         self._limit: int = vllm_config.model_config.max_model_len
         self._num_words: int = vllm_config.model_config.get_vocab_size()
+        end = self._tokenizer.eos_token_id if self._end_of_turn is None else self._end_of_turn
+        self._ends: list[int] = [] if end is None else [end]  # a guess behind the draft
         try:
             self._sampling(0).verify(
                 vllm_config.model_config,
@@ -57,7 +75,9 @@ class VllmEngine:
             )
         except (VLLMClientError, ValueError) as error:
             raise ConfigError(f"vllm refuses these sampling settings: {_line(error)}") from error
-        self._llm = AsyncLLM(vllm_config, Executor.get_class(vllm_config), log_stats=False, log_requests=False)
+        num_guesses, costs = _decoder(config, num_threads, vllm_config)
+        self._drafts = DraftFolder(costs) if num_guesses else None
+        self._llm = _start(_vllm_config(config, num_guesses) if num_guesses else vllm_config)
         self._names = itertools.count()
         self._num_tokens = self._num_running = self._num_waiting = 0
 
@@ -71,30 +91,54 @@ class VllmEngine:
         """
         prompt = encode_prompt(self._tokenizer, request.prompt)
         check_room(prompt, self._config.max_tokens, self._limit)
-        if max(prompt) >= self._num_words:  # vLLM would let it through where the tokenizer knows it, and die of it
-            raise RowError("rejected_by_engine", f"token {max(prompt)} is not one of the model's {self._num_words}")
+        reserved, draft = self._draft(request)
+        greatest = max([*prompt, *reserved])
+        if greatest >= self._num_words:  # vLLM would let it through where the tokenizer knows it, and die of it
+            raise RowError("rejected_by_engine", f"token {greatest} is not one of the model's {self._num_words}")
         try:
-            return await self._make(prompt, request.seed)
+            if self._drafts is None or not draft:
+                return await self._make(prompt, reserved, request.seed, Outcome(None))
+            max_tokens = self._config.max_tokens - len(reserved)
+            with self._drafts.holding([*prompt, *reserved], draft, max_tokens=max_tokens) as outcome:
+                return await self._make(prompt, reserved, request.seed, outcome)
         except VLLMClientError as error:  # the sampling settings were checked at the start: it is the prompt
             raise RowError("rejected_by_engine", _line(error)) from error
         except Exception:
-            self._llm.shutdown(timeout=0)  # or else this process would wait for the core at its end
+            self.close(timeout=0)  # or else this process would wait for the core at its end
             raise
 
     def stats(self) -> EngineStats:
         return EngineStats(self._num_tokens, self._num_running, self._num_waiting)
 
-    def close(self) -> None:
-        """End the engine core and its workers."""
-        self._llm.shutdown(timeout=1)
+    def close(self, timeout: float = 1) -> None:
+        """End the engine core and its workers, by force after `timeout` seconds."""
+        self._llm.shutdown(timeout=timeout)
+        if self._drafts is not None:
+            self._drafts.close()
 
-    async def _make(self, prompt: list[int], seed: int) -> Completion:
+    def _draft(self, request: Request) -> tuple[list[int], list[int]]:
+        """(the tokens of a request's draft that are kept, those that are guesses at what comes behind them)."""
+        config = self._config
+        if not isinstance(config, DraftingConfig) or request.draft is None:
+            return [], []
+        if self._drafts is None and not config.num_reserved:
+            return [], []
+        tokens = encode_draft(self._tokenizer, request.draft)
+        num = config.num_reserved
+        if config.random_reserved:
+            num = int(uniforms(request.seed, 1)[0] * (num + 1))
+        num = min(num, config.max_tokens - 1)  # they count among the answer's tokens, of which at least one is made
+        known = itertools.takewhile(lambda token: token < self._num_words, [*tokens[num:], *self._ends])
+        return tokens[:num], list(known)
+
+    async def _make(self, prompt: list[int], reserved: list[int], seed: int, outcome: Outcome) -> Completion:
         tokens: list[int] = []
         text = ""
         finish_reason = stop_reason = None
         self._num_waiting += 1
         try:
-            made = self._llm.generate(tokens_input(prompt), self._sampling(seed), str(next(self._names)))
+            whole = tokens_input([*prompt, *reserved])
+            made = self._llm.generate(whole, self._sampling(seed, len(reserved)), str(next(self._names)))
             async for output in made:
                 (part,) = output.outputs
                 if not tokens:
@@ -114,24 +158,40 @@ class VllmEngine:
         if finish_reason == "stop" and not isinstance(stop_reason, str):  # null or the number of a token that ends
             tokens.pop()
             self._num_tokens -= 1
-        return Completion(self._text(tokens, text, stop_reason), finish_reason, len(prompt), len(tokens))
+        if isinstance(stop_reason, str):
+            num_behind = len(tokens) - self._num_until_stop(reserved, tokens)
+            self._num_tokens -= num_behind
+            del tokens[len(tokens) - num_behind :]
+        iterations, accepted = outcome.counts(len(tokens))
+        answer = self._text(reserved, tokens, text, stop_reason)
+        return Completion(answer, finish_reason, len(prompt), len(tokens), iterations=iterations, accepted=accepted)
 
-    def _text(self, tokens: list[int], streamed: str, stop_reason: int | str | None) -> str:
-        """The tokens' text as the `torch` engine has it: vLLM's own drops a character that was cut at the end."""
-        whole = str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def _num_until_stop(self, reserved: list[int], tokens: list[int]) -> int:
+        """How many tokens it took to the first stop string: the last step's guesses may have gone on behind it."""
+        num = len(tokens)
+        while num > 1 and any(stop in self._decode([*reserved, *tokens[: num - 1]]) for stop in self._config.stop):
+            num -= 1
+        return num
+
+    def _text(self, reserved: list[int], tokens: list[int], streamed: str, stop_reason: int | str | None) -> str:
+        """The answer's text as the `torch` engine has it: vLLM's own drops a character that was cut at the end."""
+        whole = self._decode([*reserved, *tokens])
         if not isinstance(stop_reason, str):
             return whole
         cuts = [at for stop in self._config.stop if (at := whole.find(stop)) >= 0]
-        return whole[: min(cuts)] if cuts else streamed
+        return whole[: min(cuts)] if cuts else self._decode(reserved) + streamed
 
-    def _sampling(self, seed: int) -> SamplingParams:
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _sampling(self, seed: int, num_reserved: int = 0) -> SamplingParams:
         config = self._config
         return SamplingParams(
             temperature=config.temperature,
             top_p=config.top_p,
             top_k=config.top_k or 0,
             seed=seed,
-            max_tokens=config.max_tokens,
+            max_tokens=config.max_tokens - num_reserved,
             stop=list(config.stop),
             stop_token_ids=[] if self._end_of_turn is None else [self._end_of_turn],
             output_kind=RequestOutputKind.DELTA,
@@ -147,7 +207,53 @@ def _set_environment(config: EngineConfig, num_threads: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(max(1, num_threads // config.tensor_parallel_size))
 
 
-def _vllm_config(config: EngineConfig) -> VllmConfig:
+def _start(vllm_config: VllmConfig) -> AsyncLLM:
+    return AsyncLLM(vllm_config, Executor.get_class(vllm_config), log_stats=False, log_requests=False)
+
+
+def _decoder(config: EngineConfig, num_threads: int, plain: VllmConfig) -> tuple[int, Costs | None]:
+    """(most guesses at a request in a step, or 0 for no proposer; what steps cost, where that is to be reckoned with).
+
+    Raises ConfigError for a parallel decoder beside guesses of the user's own.
+    """
+    if not isinstance(config, DraftingConfig) or config.decoder == "greedy" or config.temperature > 0:
+        return 0, None
+    if config.engine_kwargs.get("speculative_config"):
+        if config.decoder == "parallel":
+            raise ConfigError(
+                "engine_kwargs.speculative_config makes guesses of its own: set decoder to auto or greedy"
+            )
+        return 0, None
+    max_guesses = min(config.block_size - 1, MAX_GUESSES)
+    if config.decoder == "parallel" or not max_guesses:
+        return max_guesses, None
+    if config.max_num_seqs > AUTO_MAX_SEQS:
+        return 0, None
+    device = current_platform.get_device_name()
+    key = {
+        "vllm": vllm_version, "model": config.model, "identity": identity(config), "dtype": config.dtype,
+        "max_num_seqs": config.max_num_seqs, "max_guesses": max_guesses, "engine_kwargs": config.engine_kwargs,
+        "tensor_parallel_size": config.tensor_parallel_size, "max_model_len": plain.model_config.max_model_len,
+        "device": [platform.machine(), num_threads] if current_platform.is_cpu() else device,
+    }  # fmt: skip
+    try:
+        found = calibrated(
+            key,
+            lambda: measure(
+                lambda num: _start(_vllm_config(config, num)),
+                num_requests=config.max_num_seqs,
+                max_guesses=max_guesses,
+                max_model_len=plain.model_config.max_model_len,
+                num_words=plain.model_config.get_vocab_size(),
+            ),
+        )
+    except (ConfigError, RuntimeError) as error:  # vLLM does not start with a proposer, or not at all
+        print(f"decoder auto: no drafts: {_line(error)}", file=sys.stderr, flush=True)
+        return 0, None
+    return (max_guesses, found.drafting) if found.pays else (0, None)
+
+
+def _vllm_config(config: EngineConfig, num_guesses: int = 0) -> VllmConfig:
     """Raises ConfigError in one line."""
     on_cpu = current_platform.is_cpu()
     if config.device == "cuda" and on_cpu:
@@ -176,10 +282,20 @@ def _vllm_config(config: EngineConfig) -> VllmConfig:
         "use_tqdm_on_load": False,
         **config.engine_kwargs,
     }
+    if num_guesses:
+        arguments["speculative_config"] = {
+            "method": "custom_class",
+            "model": f"{DraftProposer.__module__}.{DraftProposer.__qualname__}",
+            "num_speculative_tokens": num_guesses,
+        }
     try:
         made = AsyncEngineArgs(**arguments).create_engine_config()
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, AssertionError, OSError) as error:
         raise ConfigError(f"vllm refuses this model or its settings: {_line(error)}") from error
+    if num_guesses:  # vLLM asks no proposer, and guesses token 0 for all, once a request is so near to its limit
+        roomy = copy.copy(made.speculative_config.draft_model_config)
+        roomy.max_model_len += num_guesses
+        made.speculative_config.draft_model_config = roomy
     if on_cpu and made.cache_config.kv_cache_memory_bytes is None:  # neither VLLM_CPU_KVCACHE_SPACE nor engine_kwargs
         made.cache_config.kv_cache_memory_bytes = _cache_bytes(config, made)
     return made

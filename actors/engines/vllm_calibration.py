@@ -1,0 +1,175 @@
+"""Whether drafts pay inside vLLM here: what a step costs with a proposer and without, measured once and kept."""
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from vllm import SamplingParams
+from vllm.inputs.engine import tokens_input
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from actors.engines.vllm_drafts import DraftFolder, numbered
+
+LEAST_WITHOUT = 0.97
+"""Drafts are out where poor ones would leave less than this of the tokens per second: they may cost 5 % in all."""
+LEAST_WITH = 1.1
+"""Drafts are out where even right ones would not make the tokens per second this many times as many."""
+PROMPT_TOKENS = 128
+STEPS = 8
+REPEATS = 3
+
+Start = Callable[[int], AsyncLLM]
+"""Starts vLLM with a proposer of at most so many guesses, or without one for 0."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Seconds of a step in which every request of a full engine gets a token.
+
+    Attributes:
+        num_requests: `max_num_seqs`.
+        plain_s: without a proposer.
+        drafting: with one, by the number of requests, one and all of them, and of positions; the fewest make no guess.
+    """
+
+    num_requests: int
+    plain_s: float
+    drafting: Mapping[int, Mapping[int, float]]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what cannot have been measured."""
+        for num, curve in self.drafting.items():
+            if min(curve) != num or list(curve) != sorted(curve):
+                raise ValueError(f"positions {list(curve)} of {num} requests")
+            if not all(0 < seconds < math.inf for seconds in (self.plain_s, *curve.values())):
+                raise ValueError(f"seconds {self.plain_s}, {curve}")
+        if self.num_requests not in self.drafting:
+            raise ValueError(f"nothing of {self.num_requests} requests")
+
+    @property
+    def without(self) -> float:
+        """Tokens per second of a drafting engine that makes no guess, as a share of the plain engine's."""
+        return self.plain_s / self.drafting[self.num_requests][self.num_requests]
+
+    @property
+    def most(self) -> float:
+        """The same where all guesses are right and as many as are best."""
+        curve = self.drafting[self.num_requests]
+        return max(self.plain_s / seconds * positions / self.num_requests for positions, seconds in curve.items())
+
+    @property
+    def pays(self) -> bool:
+        return self.without >= LEAST_WITHOUT and self.most >= LEAST_WITH
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_requests} requests make {self.num_requests / self.plain_s:.0f} tokens/s, with a proposer "
+            f"{self.without:.2f}x by poor drafts and up to {self.most:.2f}x by right ones"
+        )
+
+
+def calibrated(key: dict[str, Any], measure: Callable[[], Calibration]) -> Calibration:
+    """The calibration of what `key` says in full: the kept one, or else a new one, which is told and kept.
+
+    Of several processes of a node that want one, the first measures it, while the others wait.
+    """
+    key = json.loads(json.dumps(key, default=str))  # as it is read again
+    folder = Path(os.environ.get("BURNISH_CACHE") or "~/.cache/burnish").expanduser() / "calibration"
+    path = folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # where nothing can be kept, it is measured each time
+            folder.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(held.enter_context(path.with_suffix(".lock").open("w")), fcntl.LOCK_EX)
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or a damaged one
+            kept = json.loads(path.read_text())
+            if kept.pop("key") == key:
+                return Calibration(**kept | {"drafting": numbered(kept["drafting"])})
+        found = measure()
+        print(f"decoder auto: {found}; {'drafts' if found.pays else 'no drafts'} ({path})", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            hidden = path.with_suffix(".part")
+            hidden.write_text(json.dumps({"key": key, **asdict(found)}, indent=1))
+            hidden.rename(path)
+    return found
+
+
+def measure(start: Start, *, num_requests: int, max_guesses: int, max_model_len: int, num_words: int) -> Calibration:
+    """Start vLLM twice, for some seconds each: without a proposer, and with one whose guesses are all wrong.
+
+    Guesses that are wrong cost a step what right ones do. The positions rise until tokens per second fall even if all
+    guesses were right.
+    """
+    generator = np.random.default_rng(0)
+    length = max(1, min(PROMPT_TOKENS, max_model_len - STEPS - max_guesses - 2))
+    prompts = generator.integers(0, num_words, (num_requests, length)).tolist()
+    drafts = generator.integers(0, num_words, (num_requests, STEPS + max_guesses + 2)).tolist()
+    numbers = sorted({min(2**n - 1, max_guesses) for n in range(max_guesses.bit_length() + 1)})
+
+    async def with_proposer(llm: AsyncLLM, folder: DraftFolder) -> dict[int, dict[int, float]]:
+        found: dict[int, dict[int, float]] = {}
+        for count in {1, num_requests}:
+            curve = found[count] = {}
+            for num in numbers:
+                curve[count * (1 + num)] = await _step_s(llm, prompts[:count], drafts, folder, num)
+                paces = [positions / seconds for positions, seconds in curve.items()]
+                if paces[-1] < max(paces):
+                    break
+        return found
+
+    llm = start(0)
+    try:
+        plain_s = asyncio.run(_step_s(llm, prompts))
+    finally:
+        llm.shutdown(timeout=1)
+    folder = DraftFolder(None)
+    try:
+        llm = start(max_guesses)
+        try:
+            drafting = asyncio.run(with_proposer(llm, folder))
+        finally:
+            llm.shutdown(timeout=1)
+    finally:
+        folder.close()
+    return Calibration(num_requests, plain_s, drafting)
+
+
+async def _step_s(
+    llm: AsyncLLM,
+    prompts: Sequence[list[int]],
+    drafts: Sequence[list[int]] = (),
+    folder: DraftFolder | None = None,
+    num_guesses: int = 0,
+) -> float:
+    """Seconds of a step with this many wrong guesses at each request. The least of some, as all else is disturbance."""
+
+    async def make(number: int, max_tokens: int) -> None:
+        how = SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        with contextlib.ExitStack() as held:
+            if folder is not None:
+                draft = folder.holding(prompts[number], drafts[number], max_tokens=1 << 20, max_guesses=num_guesses)
+                held.enter_context(draft)
+            async for _ in llm.generate(tokens_input(prompts[number]), how, f"{number} {time.monotonic_ns()}"):
+                pass
+
+    async def elapsed(max_tokens: int) -> float:
+        begin = time.perf_counter()
+        await asyncio.gather(*(make(number, max_tokens) for number in range(len(prompts))))
+        return time.perf_counter() - begin
+
+    await elapsed(2)  # reads the prompts, which are cached from now on
+    pairs = [(await elapsed(1), await elapsed(1 + STEPS)) for _ in range(REPEATS)]
+    return (min(long for _, long in pairs) - min(short for short, _ in pairs)) / STEPS

@@ -1,0 +1,151 @@
+"""`decoder: auto` inside vLLM is decided before the engine starts, by what steps cost here; that is measured once."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actors.contract import ConfigError
+from actors.engines import vllm_engine
+from actors.engines.base import DraftingConfig, EngineConfig
+from actors.engines.vllm_calibration import Calibration, calibrated
+from actors.engines.vllm_drafts import MAX_GUESSES
+
+GOOD = Calibration(32, 0.100, {1: {1: 0.02, 8: 0.02}, 32: {32: 0.101, 64: 0.11, 128: 0.14}})
+DEAR = Calibration(32, 0.100, {32: {32: 0.108, 64: 0.11, 128: 0.14}})  # a proposer that never guesses costs 8 %
+FLAT = Calibration(32, 0.100, {32: {32: 0.101, 64: 0.20}})  # a position costs what a token is worth
+KEY = {"model": "m", "max_num_seqs": 32, "engine_kwargs": {"sizes": (1, 2)}}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BURNISH_CACHE", str(tmp_path))
+    return tmp_path / "calibration"
+
+
+def never() -> Calibration:
+    raise AssertionError("there is one already")
+
+
+def test_drafts_pay_where_poor_ones_cost_little_and_good_ones_gain() -> None:
+    assert [calibration.pays for calibration in (GOOD, DEAR, FLAT)] == [True, False, False]
+    assert GOOD.without == pytest.approx(0.100 / 0.101) and GOOD.most == pytest.approx(4 / 1.4)
+    assert (
+        str(GOOD) == "32 requests make 320 tokens/s, with a proposer 0.99x by poor drafts and up to 2.86x by right ones"
+    )
+
+
+def test_what_was_measured_is_kept(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert calibrated(KEY, lambda: GOOD) == GOOD
+    (path,) = cache.glob("*.json")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == f"decoder auto: {GOOD}; drafts ({path})"
+    assert calibrated(KEY, never) == GOOD
+    assert calibrated({**KEY, "max_num_seqs": 64}, lambda: FLAT) == FLAT
+    assert calibrated(KEY, never) == GOOD
+    assert "no drafts" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda kept: "",
+        lambda kept: json.dumps(kept)[:40],
+        lambda kept: "[]",
+        lambda kept: json.dumps(kept | {"key": {}}),
+        lambda kept: json.dumps(kept | {"drafting": []}),
+        lambda kept: json.dumps(kept | {"drafting": {}}),
+        lambda kept: json.dumps(kept | {"drafting": {"32": {"64": 0.1}}}),
+        lambda kept: json.dumps(kept | {"drafting": {"32": {"32": -0.1}}}),
+        lambda kept: json.dumps(kept | {"plain_s": "fast"}),
+        lambda kept: json.dumps({name: value for name, value in kept.items() if name != "plain_s"}),
+        lambda kept: json.dumps(kept | {"of_a_later_version": 1}),
+    ],
+)
+def test_a_damaged_calibration_is_made_anew(cache: Path, damage: Callable[[dict[str, Any]], str]) -> None:
+    calibrated(KEY, lambda: GOOD)
+    (path,) = cache.glob("*.json")
+    path.write_text(damage(json.loads(path.read_text())))
+    assert calibrated(KEY, lambda: FLAT) == FLAT
+    assert calibrated(KEY, never) == FLAT
+
+
+def test_where_nothing_can_be_kept_it_is_measured_each_time(cache: Path) -> None:
+    cache.write_text("in the way")
+    assert [calibrated(KEY, lambda each=each: each) for each in (GOOD, FLAT)] == [GOOD, FLAT]  # type: ignore[misc]
+
+
+def test_engines_that_start_together_measure_once() -> None:
+    measured = []
+
+    def measure() -> Calibration:
+        time.sleep(0.2)
+        measured.append(GOOD)
+        return GOOD
+
+    threads = [threading.Thread(target=calibrated, args=(KEY, measure)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(measured) == 1
+
+
+def config_of(folder: Path, **settings: Any) -> DraftingConfig:
+    return DraftingConfig(engine="vllm", model=str(folder), **settings)
+
+
+PLAIN: Any = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512, get_vocab_size=lambda: 512))
+
+
+@pytest.mark.parametrize(("calibration", "expected"), [(GOOD, (MAX_GUESSES, GOOD.drafting)), (DEAR, (0, None))])
+def test_auto_is_what_the_calibration_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibration: Calibration, expected: Any
+) -> None:
+    monkeypatch.setattr(vllm_engine, "measure", lambda start, **_: calibration)
+    assert vllm_engine._decoder(config_of(tmp_path), 2, PLAIN) == expected
+
+
+def test_auto_is_greedy_where_vllm_does_not_start_with_a_proposer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], cache: Path
+) -> None:
+    def fails(start: Any, **_: Any) -> Calibration:
+        raise RuntimeError("Engine core initialization failed.")
+
+    monkeypatch.setattr(vllm_engine, "measure", fails)
+    assert vllm_engine._decoder(config_of(tmp_path), 2, PLAIN) == (0, None)
+    assert capfd.readouterr().err == "decoder auto: no drafts: Engine core initialization failed.\n"
+    assert not list(cache.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_guesses"),
+    [
+        ({"decoder": "greedy"}, 0),
+        ({"decoder": "auto", "temperature": 0.5}, 0),
+        ({"decoder": "auto", "block_size": 1}, 0),
+        ({"decoder": "auto", "engine_kwargs": {"speculative_config": {"method": "ngram"}}}, 0),
+        ({"decoder": "parallel"}, MAX_GUESSES),
+        ({"decoder": "parallel", "block_size": 9}, 8),
+    ],
+)
+def test_nothing_is_measured_where_nothing_is_to_be_decided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], num_guesses: int
+) -> None:
+    monkeypatch.setattr(vllm_engine, "measure", lambda start, **_: never())
+    assert vllm_engine._decoder(config_of(tmp_path, **settings), 2, PLAIN) == (num_guesses, None)
+
+
+def test_a_policy_has_no_drafts(tmp_path: Path) -> None:
+    assert vllm_engine._decoder(EngineConfig(engine="vllm", model=str(tmp_path)), 2, PLAIN) == (0, None)
+
+
+def test_two_sources_of_guesses_are_refused(tmp_path: Path) -> None:
+    config = config_of(tmp_path, decoder="parallel", engine_kwargs={"speculative_config": {"method": "ngram"}})
+    with pytest.raises(ConfigError, match="speculative_config makes guesses of its own"):
+        vllm_engine._decoder(config, 2, PLAIN)
