@@ -109,7 +109,9 @@ class DraftingConfig(EngineConfig):
     """What an engine does with the draft that a request brings along."""
 
     decoder: Literal["auto", "parallel", "greedy"] = option(
-        "auto", "parallel: check many positions of a draft per forward pass; greedy: one token each; auto: what pays"
+        "auto",
+        "parallel: check many positions of a draft per forward pass; greedy: one token each; auto: as many positions "
+        "as pay, measured at the start (on `vllm` none where max_num_seqs is above 16)",
     )
     block_size: int = option(
         256,
