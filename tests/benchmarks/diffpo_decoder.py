@@ -36,8 +36,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from actors.decoding.cost import StepCost
 from actors.decoding.forward import ATTENTION, Forward
 from actors.decoding.loop import DecodeLoop, Row
+from actors.decoding.sampling import greedy
 from actors.engines.base import EngineConfig
 from actors.engines.prompts import encode_prompt, load_tokenizer
 from actors.engines.torch_model import load_model
@@ -78,7 +80,7 @@ def main() -> None:
     parser.add_argument("--overlaps", nargs="+", type=float, default=OVERLAPS)
     parser.add_argument("--max-tokens", type=int, default=120, help="of each row against generate")
     parser.add_argument("--official-tokens", type=int, default=64, help="of each row, and in the official block")
-    parser.add_argument("--block-size", type=int, default=64, help="most guesses of a row in one of our forwards")
+    parser.add_argument("--block-size", type=int, default=64, help="most positions of a row in one of our forwards")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -143,30 +145,44 @@ def random_subject(args: argparse.Namespace, dtype: str) -> Subject:
         return model.eval()
 
     draws = torch.Generator().manual_seed(0)
-    lengths = torch.randint(24, 64, (96,), generator=draws).tolist()
+    lengths = torch.randint(24, 64, (256,), generator=draws).tolist()
     prompts = [torch.randint(3, config.vocab_size, (length,), generator=draws).tolist() for length in lengths]
     return Subject(f"random Llama {args.random}", build(ATTENTION), build("sdpa"), prompts)
 
 
 def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
+    """What it took, and its result."""
+    begin = now()
+    result = run()
+    return now() - begin, result
+
+
+def now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    begin = time.perf_counter()
-    result = run()
-    return time.perf_counter() - begin, result  # results are on the host: whatever made them has ended
+    return time.perf_counter()
 
 
 def decode(
-    subject: Subject, prompts: Tokens, drafts: Tokens | None, max_tokens: int, batch: int, **settings: Any
+    subject: Subject, prompts: Tokens, max_tokens: int, batch: int, drafts: Tokens | None = None, **settings: Any
 ) -> Tokens:
-    """Our decode loop with `batch` slots, which ends at `max_tokens` alone."""
+    """Our decode loop with `batch` slots, which ends at `max_tokens` alone. Without drafts one token a step."""
     loop = DecodeLoop(Forward(subject.ours), str, eos=(), max_num_seqs=batch, kv_cache_tokens=1 << 20, **settings)
-    rows = [Row(tuple(prompt), max_tokens, seed=number) for number, prompt in enumerate(prompts)]
+    rows = [
+        Row(tuple(prompt), max_tokens, seed=number, draft=drafts[number] if drafts else None)
+        for number, prompt in enumerate(prompts)
+    ]
     for row in rows:
         loop.submit(row)
     while loop.busy:
         loop.step()
     return [row.tokens for row in rows]
+
+
+def parallel(subject: Subject, block_size: int, batch: int) -> dict[str, Any]:
+    """What makes `decode` use its drafts: an adaptive block, on costs that are measured as an engine measures them."""
+    most = subject.ours.config.max_position_embeddings
+    return {"block_size": block_size, "cost": StepCost.measure(Forward(subject.ours), batch, block_size, most)}
 
 
 def spread(values: Sequence[float]) -> str:
@@ -198,28 +214,29 @@ def official(model: Any, prompt: list[int], guess: list[int]) -> tuple[list[int]
 def against_official(subject: Subject, args: argparse.Namespace, keep: Callable[..., None]) -> None:
     batch, length = 32, args.official_tokens
     prompts = subject.prompts[:batch]
-    greedy = generate(subject.theirs, prompts, length, batch, eos=None)
+    want = generate(subject.theirs, prompts, length, batch, eos=None)
     if args.random:  # too sure of itself to be sampled
-        guesses = spoil(greedy, 0.0, subject.ours.config.vocab_size, seed=0)
+        guesses = spoil(want, 0.0, subject.ours.config.vocab_size, seed=0)
     else:
-        guesses = decode(subject, prompts, None, length, batch, temperature=1.0)
-    ours, rates, iterations, agree = [], [], [], 0
+        guesses = decode(subject, prompts, length, batch, temperature=1.0)
+    settings = parallel(subject, args.block_size, batch)
+    their_rates, our_rates, iterations, agree = [], [], [], 0
     for row in range(args.repeats):
         their_s, (tokens, num) = seconds(partial(official, subject.theirs, prompts[row], guesses[row]))
-        rates.append(length / their_s)
+        our_s, made = seconds(partial(decode, subject, prompts, length, batch, guesses, **settings))
+        their_rates.append(length / their_s)
+        our_rates.append(batch * length / our_s)
         iterations.append(num)
-        agree += tokens == greedy[row]
-        our_s, made = seconds(partial(decode, subject, prompts, guesses, length, batch))
-        ours.append(batch * length / our_s)
-    ratios = [our / their for our, their in zip(ours, rates, strict=True)]
+        agree += tokens == want[row]
+    ratios = [ours / theirs for ours, theirs in zip(our_rates, their_rates, strict=True)]
+    theirs, ours = statistics.median(their_rates), statistics.median(our_rates)
     print(
         f"{subject.name}, {subject.ours.dtype}, batch {batch}, {length} tokens each: {spread(ratios)} the official"
-        f" algorithm; {statistics.median(ours):.0f} tokens/s against {statistics.median(rates):.1f} at"
-        f" {statistics.mean(iterations):.0f} iterations; agree {equal(made, greedy)}/{batch}, official"
-        f" {agree}/{len(rates)}",
+        f" algorithm; {ours:.0f} tokens/s against {theirs:.1f} at {statistics.mean(iterations):.0f} iterations a block;"
+        f" agree {equal(made, want)}/{batch}, official {agree}/{len(ratios)}",
         flush=True,
     )
-    keep(batch=batch, ratio=statistics.median(ratios), tokens_per_s=statistics.median(ours))
+    keep(batch=batch, ratio=statistics.median(ratios), tokens_per_s=ours, official=theirs)
 
 
 # --- against generate -----------------------------------------------------------------------------------------------
@@ -227,18 +244,18 @@ def against_official(subject: Subject, args: argparse.Namespace, keep: Callable[
 
 @torch.inference_mode()
 def step_costs(model: Any, batch: int, block: int, context: int, repeats: int = 5) -> Costs:
-    """Seconds of a forward and the choice of its tokens, with `context` tokens in the cache.
+    """Seconds of a forward and the choice of its tokens, with `context` tokens of each row in the cache.
 
     Up to `batch` positions it is one of so many rows, as when others have ended; beyond it, several of each row.
     """
     forward = Forward(model)
     forward.cache.resize(batch, context + block, used=0)
 
-    def step(rows: int, width: int) -> list[list[int]]:
-        tokens = torch.ones(rows, width, dtype=torch.long)
-        logits = forward(0, tokens, [context] * rows, num_logits=width)
+    def step(rows: int, width: int) -> list[int]:
+        logits = forward(0, [[1] * width] * rows, [context] * rows, [width] * rows)
         assert logits is not None
-        return logits.argmax(-1).tolist()  # type: ignore[no-any-return]
+        tokens: list[int] = greedy(logits).tolist()
+        return tokens
 
     shapes = [(1 << n, 1) for n in range(batch.bit_length()) if 1 << n < batch]
     shapes += [(batch, 1 << n) for n in range(block.bit_length())]
@@ -256,57 +273,54 @@ def prefill_s(model: Any, prompts: Tokens) -> float:
     """Seconds of the forward that puts prompts into the cache, but for their last tokens."""
     forward = Forward(model)
     forward.cache.resize(len(prompts), max(map(len, prompts)), used=0)
-    width = max(map(len, prompts)) - 1
-    tokens = torch.tensor([prompt[:-1] + [0] * (width + 1 - len(prompt)) for prompt in prompts])
-    run = partial(forward, 0, tokens, [0] * len(prompts), num_logits=0)
+    none = [0] * len(prompts)
+    run = partial(forward, 0, [prompt[:-1] for prompt in prompts], none, none)
     return statistics.median(seconds(run)[0] for _ in range(3))
 
 
 def against_generate(subject: Subject, args: argparse.Namespace, keep: Callable[..., None]) -> None:
     vocabulary, length = subject.ours.config.vocab_size, args.max_tokens
     generate(subject.theirs, subject.prompts[:4], 8, 4, eos=None)  # warm up
-    decode(subject, subject.prompts[:4], None, 8, 4)
+    decode(subject, subject.prompts[:4], 8, 4)
     for batch in args.batches:
         prompts = subject.prompts[: max(batch, ROWS_OF_ONE)]
         groups = [slice(first, first + batch) for first in range(0, len(prompts), batch)]
-        context = statistics.mean(map(len, prompts)) + length / 2
-        costs = step_costs(subject.ours, batch, args.block_size, int(context))
-        told = " ".join(f"{total}:{1000 * cost:.1f}" for total, cost in sorted(costs.items()))
-        print(
-            f"{subject.name}, {subject.ours.dtype}, batch {batch}; positions:milliseconds of a forward {told}",
-            flush=True,
-        )
-        before_s = sum(prefill_s(subject.ours, prompts[group]) for group in groups)
-        greedy = decode(subject, prompts, None, length, batch)
-        drafts = {overlap: spoil(greedy, overlap, vocabulary, seed=batch) for overlap in args.overlaps}
-        theirs: list[float] = []
-        ours: dict[float, list[float]] = {overlap: [] for overlap in args.overlaps}
-        made = {}
+        context = int(statistics.mean(map(len, prompts))) + length // 2
+        costs = step_costs(subject.ours, batch, args.block_size, context)
+        prefills = [prefill_s(subject.ours, prompts[group]) for group in groups]
+        told = " ".join(f"{total}:{1000 * cost:.0f}" for total, cost in sorted(costs.items()))
+        print(f"{subject.name}, {subject.ours.dtype}, batch {batch}; milliseconds by positions: {told}", flush=True)
+        settings = parallel(subject, args.block_size, batch)
+        answers = decode(subject, prompts, length, batch)
+        drafts = {overlap: spoil(answers, overlap, vocabulary, seed=batch) for overlap in args.overlaps}
+        their_times: list[float] = []
+        our_times: dict[float, list[float]] = {overlap: [] for overlap in args.overlaps}
+        made: dict[float, Tokens] = {}
         for _ in range(args.repeats):
             their_s, want = seconds(partial(generate, subject.theirs, prompts, length, batch, eos=None))
-            theirs.append(their_s)
-            for overlap in args.overlaps:
-                our_s, made[overlap] = seconds(partial(decode, subject, prompts, drafts[overlap], length, batch))
-                ours[overlap].append(our_s)
-        num = len(prompts) * length
-        for overlap in args.overlaps:
-            guesses, tokens = drafts[overlap], made[overlap]
-            oracle_s = before_s + sum(
-                shortest_s(tokens[group], guesses[group], costs, args.block_size) for group in groups
-            )
-            ratios = [their_s / our_s for their_s, our_s in zip(theirs, ours[overlap], strict=True)]
-            rate, limit, base = (
-                num / s for s in (statistics.median(ours[overlap]), oracle_s, statistics.median(theirs))
-            )
+            their_times.append(their_s)
+            for overlap, guesses in drafts.items():
+                our_s, made[overlap] = seconds(partial(decode, subject, prompts, length, batch, guesses, **settings))
+                our_times[overlap].append(our_s)
+        num, their_s = len(prompts) * length, statistics.median(their_times)
+        for overlap, guesses in drafts.items():
+            tokens, our_s, limit_s = made[overlap], statistics.median(our_times[overlap]), 0.0
+            for group, before_s in zip(groups, prefills, strict=True):
+                # The prompts go through a forward of their own, or along with the first step.
+                least_s = partial(shortest_s, tokens[group], guesses[group], costs, args.block_size - 1)
+                num_before = sum(len(prompt) - 1 for prompt in prompts[group])
+                limit_s += min(before_s + least_s(), least_s(num_before=num_before))
+            ratios = [theirs / ours for theirs, ours in zip(their_times, our_times[overlap], strict=True)]
+            agree = equal(tokens, want)
             print(
-                f"  {overlap:4.0%} overlap: {spread(ratios)} generate, limit {limit / base:.2f}x,"
-                f" {rate / limit:.0%} of it; {rate:.0f} tokens/s against {base:.0f};"
-                f" agree {equal(tokens, want)}/{len(want)}",
+                f"  {overlap:4.0%} overlap: {spread(ratios)} generate; limit {their_s / limit_s:.2f}x,"
+                f" {limit_s / our_s:.0%} of it; {num / our_s:.0f} tokens/s against {num / their_s:.0f};"
+                f" agree {agree}/{len(want)}",
                 flush=True,
             )
             keep(
                 batch=batch, overlap=overlap, ratio=statistics.median(ratios), lowest=min(ratios), highest=max(ratios),
-                tokens_per_s=rate, limit=limit, generate=base, agree=equal(tokens, want), rows=len(want),
+                tokens_per_s=num / our_s, limit=num / limit_s, generate=num / their_s, agree=agree, rows=len(want),
             )  # fmt: skip
 
 

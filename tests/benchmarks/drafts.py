@@ -27,8 +27,8 @@ def spoil(answers: Tokens, overlap: float, vocabulary: int, seed: int) -> Tokens
     return drafts
 
 
-def shortest_s(answers: Tokens, drafts: Tokens, costs: Costs, block: int) -> float:
-    """Seconds from the prompts in the cache to the last token, for an oracle that forwards only guesses that are right.
+def shortest_s(answers: Tokens, drafts: Tokens, costs: Costs, block: int, num_before: int = 0) -> float:
+    """Seconds from the first step to the last token, for an oracle that forwards only guesses that are right.
 
     All rows begin together. A step forwards for each row its last token and guesses, up to the draft's next wrong token
     and at most so many; it makes one token more than it had guesses, and takes what `costs` says of the positions that
@@ -36,15 +36,17 @@ def shortest_s(answers: Tokens, drafts: Tokens, costs: Costs, block: int) -> flo
     because where positions are dear, longer steps are not always cheaper ones.
     """
     rights = [[guess == token for guess, token in zip(*row, strict=True)] for row in zip(drafts, answers, strict=True)]
-    return min(_seconds(rights, costs, most) for most in {*range(min(block, 16)), *range(16, block, 8), block})
+    return min(
+        _seconds(rights, costs, most, num_before) for most in {*range(min(block, 16)), *range(16, block, 8), block}
+    )
 
 
-def _seconds(rights: list[list[bool]], costs: Costs, most: int) -> float:
+def _seconds(rights: list[list[bool]], costs: Costs, most: int, num_before: int) -> float:
     """Of a run whose steps take `most` guesses a row, as long as they are right."""
     done = [0] * len(rights)
     seconds = 0.0
     while active := [row for row, right in enumerate(rights) if done[row] < len(right)]:
-        total = 0
+        total, num_before = num_before, 0
         for row in active:
             right, end = rights[row], min(done[row] + most, len(rights[row]) - 1)
             stop = next((position for position in range(done[row], end) if not right[position]), end)

@@ -51,3 +51,4 @@ def test_no_schedule_without_wrong_guesses_beats_the_oracle(costs: Costs) -> Non
 def test_dear_positions_make_the_oracle_take_shorter_steps() -> None:
     answers = [[1, 2, 3, 4]]
     assert shortest_s(answers, answers, {1: 1.0, 2: 1.0, 3: 9.0}, block=8) == 2.0
+    assert shortest_s(answers, answers, {1: 1.0, 2: 1.0, 3: 9.0}, block=8, num_before=2) == 11.0
