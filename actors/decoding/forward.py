@@ -1,7 +1,15 @@
-"""The one forward primitive of decoding: rows of different lengths through a causal LM, over a KV cache of our own."""
+"""The one forward primitive of decoding: some tokens of every row through a causal LM, over a KV cache of our own.
 
+The tokens of all rows are packed into one sequence, so that a matrix multiplication pays for no padding: one row may
+bring a single token, another a block of guesses. Only attention lays the rows out beside each other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +20,24 @@ from actors.contract import ConfigError
 
 ATTENTION = "burnish_grouped"
 """The name to load a model with (`attn_implementation=ATTENTION`)."""
+STEP_TOKENS = 2048
+"""Most positions to ask logits of in one forward, of several rows: past every knee, and no more logits than fit."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the packed positions of a forward lie in a grid [rows, width], row by row.
+
+    Attributes:
+        spread: int64 [rows * width], the packed position of every cell; cells behind a row's last repeat one.
+            None when all rows are as long as the grid is wide: then the packed sequence is the grid.
+        packed: int64 [total], the cell of every packed position; None with `spread`.
+    """
+
+    rows: int
+    width: int
+    spread: Tensor | None
+    packed: Tensor | None
 
 
 def grouped_attention(
@@ -20,6 +46,8 @@ def grouped_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    *,
+    layout: Layout,
     scaling: float | None = None,
     softcap: float | None = None,
     position_bias: Tensor | None = None,
@@ -32,36 +60,44 @@ def grouped_attention(
     `sdpa` silently drops.
 
     Args:
-        query: [rows, heads, q, head_dim].
+        query: [1, heads, total, head_dim], packed.
         key, value: [rows, kv_heads, length, head_dim].
-        attention_mask: bool [rows, 1, q, length], True where visible. None: causal, from position 0, when q > 1, and
-            everything visible when q is 1.
+        attention_mask: bool [rows, 1, width, length], True where visible. None: causal, from position 0, when the
+            width is above 1, and everything visible when it is 1.
 
     Returns:
-        [rows, q, heads, head_dim], and no weights.
+        [1, total, heads, head_dim], packed, and no weights.
     """
     if position_bias is not None:
         raise ValueError("models with a learned position bias are not supported")
-    rows, heads, q, head_dim = query.shape
+    heads, head_dim = query.shape[1], query.shape[3]
+    rows, q = layout.rows, layout.width
     kv_heads, length = key.shape[1], key.shape[2]
     group = heads // kv_heads
+    query = query[0].transpose(0, 1)
+    if layout.spread is not None:
+        query = query.index_select(0, layout.spread)
+    query = query.reshape(rows, q, heads, head_dim).transpose(1, 2)
     if attention_mask is None and q > 1 and softcap is None:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=group > 1)
-        return out.transpose(1, 2).contiguous(), None
-    if attention_mask is None and q > 1:
-        attention_mask = torch.ones(q, length, dtype=torch.bool, device=query.device).tril()[None, None]
-    query = query.reshape(rows, kv_heads, group * q, head_dim)
-    if attention_mask is not None and group > 1:
-        attention_mask = attention_mask.expand(-1, -1, group, -1) if q == 1 else attention_mask.tile(1, 1, group, 1)
-    if softcap is None:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
     else:
-        scores = query @ key.transpose(2, 3) * (head_dim**-0.5 if scaling is None else scaling)
-        scores = torch.tanh(scores / softcap) * softcap
-        if attention_mask is not None:
-            scores = scores.masked_fill(~attention_mask, float("-inf"))
-        out = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
-    return out.reshape(rows, heads, q, -1).transpose(1, 2).contiguous(), None
+        if attention_mask is None and q > 1:
+            attention_mask = torch.ones(q, length, dtype=torch.bool, device=query.device).tril()[None, None]
+        query = query.reshape(rows, kv_heads, group * q, head_dim)
+        if attention_mask is not None and group > 1:
+            attention_mask = attention_mask.expand(-1, -1, group, -1) if q == 1 else attention_mask.tile(1, 1, group, 1)
+        if softcap is None:
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+        else:
+            scores = query @ key.transpose(2, 3) * (head_dim**-0.5 if scaling is None else scaling)
+            scores = torch.tanh(scores / softcap) * softcap
+            if attention_mask is not None:
+                scores = scores.masked_fill(~attention_mask, float("-inf"))
+            out = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    out = out.reshape(rows, heads, q, -1).transpose(1, 2).reshape(rows * q, heads, -1)
+    if layout.packed is not None:
+        out = out.index_select(0, layout.packed)
+    return out[None], None
 
 
 # No mask function goes with it: `Forward` builds every mask, and transformers hands a 4D mask, or None, through.
@@ -75,7 +111,7 @@ class SlotCache(_Cache):  # type: ignore[misc]
     """K and V of the active rows, one row a slot: position p of a row lies at [slot, :, p].
 
     Per layer one tensor each, [slots, kv_heads, capacity, head_dim]. Positions that were never written hold zeros and
-    positions behind a row's length hold what an earlier row or a padded prefill left: finite, and never visible.
+    positions behind a row's length hold what an earlier row or a wrong guess left: finite, and never visible.
     """
 
     def __init__(self) -> None:
@@ -84,8 +120,8 @@ class SlotCache(_Cache):  # type: ignore[misc]
         self.capacity = 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self._first = self._length = 0
-        self._rows = self._positions = torch.empty(0, dtype=torch.long)
+        self._first = self._end = self._length = 0
+        self._slots = self._positions = torch.empty(0, dtype=torch.long)
         self._index: dict[int, Tensor] = {}
 
     def resize(self, slots: int, capacity: int, used: int) -> None:
@@ -99,32 +135,30 @@ class SlotCache(_Cache):  # type: ignore[misc]
                 tensors[layer] = new
         self.slots, self.capacity = slots, capacity
 
-    def aim(self, first: int, positions: Tensor, length: int) -> None:
-        """Say where the next forward writes and reads: rows from slot `first` on, at `positions` (int64 [rows, q]),
-        seeing cache positions 0 to `length`."""
-        self._first, self._length = first, length
-        self._rows = torch.arange(first, first + len(positions), device=positions.device)
-        self._positions = positions
+    def aim(self, first: int, rows: int, slots: Tensor, positions: Tensor, length: int) -> None:
+        """Say where the next forward writes and reads: `rows` slots from `first` on, at `slots` and `positions` (int64
+        [total], packed), seeing cache positions 0 to `length`."""
+        self._first, self._end, self._length = first, first + rows, length
+        self._slots, self._positions = slots, positions
         self._index = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write [rows, kv_heads, q, head_dim] where `aim` said; return views [rows, kv_heads, length, head_dim]."""
+        """Write [1, kv_heads, total, head_dim] where `aim` said; return views [rows, kv_heads, length, head_dim]."""
         kv_heads = key_states.shape[1]
         if layer_idx == len(self.keys):
             for tensors, states in ((self.keys, key_states), (self.values, value_states)):
                 tensors.append(states.new_zeros(self.slots, kv_heads, self.capacity, states.shape[3]))
         index = self._index.get(kv_heads)
         if index is None:  # the same in every layer
-            heads = self._rows[:, None] * kv_heads + torch.arange(kv_heads, device=self._rows.device)
-            index = self._index[kv_heads] = (heads[:, :, None] * self.capacity + self._positions[:, None]).flatten()
-        end = self._first + len(self._rows)
+            heads = self._slots[:, None] * kv_heads + torch.arange(kv_heads, device=self._slots.device)
+            index = self._index[kv_heads] = (heads * self.capacity + self._positions[:, None]).flatten()
         views = []
         for tensor, states in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
             head_dim = states.shape[3]
-            tensor.view(-1, head_dim).index_copy_(0, index, states.reshape(-1, head_dim))
-            views.append(tensor[self._first : end, :, : self._length])
+            tensor.view(-1, head_dim).index_copy_(0, index, states[0].transpose(0, 1).reshape(-1, head_dim))
+            views.append(tensor[self._first : self._end, :, : self._length])
         return views[0], views[1]
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -136,7 +170,7 @@ class SlotCache(_Cache):  # type: ignore[misc]
 class Forward:
     """A causal LM and its `SlotCache`, run on any contiguous range of slots.
 
-    Prefill, one-position decoding and a block of guesses per row are all `__call__`; they differ in q alone.
+    Prefill, one-position decoding and a block of guesses per row are all `__call__`; they differ in numbers alone.
 
     Raises ConfigError for a model whose memory is not a K and a V per position.
     """
@@ -166,46 +200,68 @@ class Forward:
         self.slides = "sliding_attention" in kinds
         self.device = model.device
 
-    def __call__(self, first: int, tokens: Tensor, starts: list[int], *, num_logits: int) -> Tensor | None:
+    def __call__(
+        self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int], num_logits: Sequence[int]
+    ) -> Tensor | None:
         """Run tokens of the rows in slots first, first + 1, … and put their K and V into the cache.
 
         Args:
-            tokens: int64 [rows, q] on the host; row i's stand at positions starts[i] to starts[i] + q - 1. Its key at
-                position j is seen from position p when j <= p (and j > p - window in a sliding layer), so positions
-                padded on the right disturb nothing and are overwritten by the row's next tokens.
-            num_logits: of the last so many of the q positions logits are made. With 0 the base model runs alone.
+            tokens: of every row, any number, in all at least one; row i's stand from position starts[i] on. Its key at
+                position j is seen from position p when j <= p (and j > p - window in a sliding layer), so what lies
+                behind a row's positions disturbs nothing.
+            num_logits: of every row's last so many of its tokens logits are made. With zeros the base model runs alone.
 
         Returns:
-            Logits [rows, num_logits, vocabulary] as the model's own forward makes them, in its dtype; None for 0.
+            Logits [sum of num_logits, vocabulary], row by row, as the model's own forward makes them, in its dtype;
+            None for zeros.
         """
-        q = tokens.shape[1]
-        length = max(starts) + q
-        offsets = torch.tensor(starts).to(self.device, non_blocking=True)
-        positions = offsets[:, None] + torch.arange(q, device=self.device)
-        # Without padding a kernel needs no mask: fresh rows are causal from 0 on, one position at the end sees all.
-        plain = min(starts) == max(starts) and (q == 1 or starts[0] == 0)
+        counts = np.array([len(row) for row in tokens])
+        rows, width, total = len(counts), int(counts.max()), int(counts.sum())
+        begins = counts.cumsum() - counts
+        row_of = np.arange(rows).repeat(counts)
+        offsets = np.arange(total) - begins[row_of]
+        host = [
+            np.fromiter(chain.from_iterable(tokens), np.int64, total),
+            first + row_of,
+            np.asarray(starts)[row_of] + offsets,
+        ]
+        ragged = width * rows > total
+        if ragged:
+            columns = np.minimum(np.arange(width), counts[:, None] - 1)
+            host += [(begins[:, None] + columns).clip(0).ravel(), row_of * width + offsets]
+        some = 0 < sum(num_logits) < total
+        if some:
+            host.append(np.flatnonzero(offsets >= (counts - num_logits)[row_of]))
+        # One transfer for all of it.
+        packed = torch.from_numpy(np.concatenate(host)).to(self.device, non_blocking=True)
+        ids, slots, positions, *rest = torch.split(packed, [len(each) for each in host])
+        layout = Layout(rows, width, rest[0] if ragged else None, rest[1] if ragged else None)
+        length = max(start + len(row) for start, row in zip(starts, tokens, strict=True))
+        # Rows of equal shape need no mask: fresh ones are causal from 0 on, one position at the end sees all.
+        plain = not ragged and min(starts) == max(starts) and (width == 1 or starts[0] == 0)
         binds = self.slides and self.window is not None and length > self.window
-        if not plain or binds:
-            length = min(-(-length // 8) * 8, self.cache.capacity)  # CUDA kernels want aligned mask rows
         mask: Tensor | dict[str, Tensor | None] | None = None
         if not plain or binds:
+            length = min(-(-length // 8) * 8, self.cache.capacity)  # CUDA kernels want aligned mask rows
+            seen_from = (positions[layout.spread] if ragged else positions).view(rows, 1, width, 1)
             keys = torch.arange(length, device=self.device)
-            causal = keys <= positions[:, None, :, None]
+            causal = keys <= seen_from
             mask = causal
             if binds:
                 assert self.window is not None
-                sliding = causal & (keys > positions[:, None, :, None] - self.window)
+                sliding = causal & (keys > seen_from - self.window)
                 mask = {"full_attention": causal, "sliding_attention": sliding} if self.mixed else sliding
-        self.cache.aim(first, positions, length)
+        self.cache.aim(first, rows, slots, positions, length)
         inputs = {
-            "input_ids": tokens.to(self.device, non_blocking=True),
+            "input_ids": ids[None],
             "attention_mask": mask,
-            "position_ids": positions,
+            "position_ids": positions[None],
             "past_key_values": self.cache,
             "use_cache": True,
+            "layout": layout,
         }
-        if num_logits == 0:
+        if not any(num_logits):
             self.model.base_model(**inputs)
             return None
-        logits: Tensor = self.model(**inputs, logits_to_keep=num_logits).logits
+        logits: Tensor = self.model(**inputs, logits_to_keep=rest[-1] if some else 0).logits[0]
         return logits

@@ -4,7 +4,7 @@ The decode loop runs on the first rank alone and knows nothing of it. Every rank
 in the collectives of every forward, and keeps the K and V of its own heads in a cache of its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,9 +45,11 @@ class MirroredForward(Forward):
         self._tell = tell
         self.cache = MirroredCache(tell)
 
-    def __call__(self, first: int, tokens: Tensor, starts: list[int], *, num_logits: int) -> Tensor | None:
-        self._tell(("forward", first, tokens.numpy(), starts, num_logits))
-        return super().__call__(first, tokens, starts, num_logits=num_logits)
+    def __call__(
+        self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int], num_logits: Sequence[int]
+    ) -> Tensor | None:
+        self._tell(("forward", first, tokens, starts, num_logits))
+        return super().__call__(first, tokens, starts, num_logits)
 
 
 @torch.inference_mode()
@@ -55,8 +57,7 @@ def obey(forward: Forward, command: Command) -> None:
     """Do on another rank what the first one told. Its logits are dropped: the first rank alone chooses tokens."""
     kind, *arguments = command
     if kind == "forward":
-        first, tokens, starts, num_logits = arguments
-        forward(first, torch.from_numpy(tokens), starts, num_logits=num_logits)
+        forward(*arguments)
     elif kind == "resize":
         forward.cache.resize(*arguments)
     elif kind == "copy":

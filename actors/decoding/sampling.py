@@ -1,4 +1,4 @@
-"""How the next token is drawn: greedily, or by inverse CDF with one uniform per row and position."""
+"""How the next token is chosen: greedily, or drawn by inverse CDF with one uniform per row and position."""
 
 import numpy as np
 import torch
@@ -18,24 +18,25 @@ def uniforms(seed: int, count: int) -> np.ndarray:
     return (words >> np.uint64(11)) * 2.0**-53
 
 
-def choose(
-    logits: Tensor, draws: np.ndarray | None, *, temperature: float, top_k: int | None, top_p: float
-) -> list[int]:
-    """Choose one token per row. The only place where decoding waits for the device: once, or twice for a wide nucleus.
+def greedy(logits: Tensor) -> Tensor:
+    """The first of the most likely tokens: [positions, vocabulary] to int64 [positions], on the device."""
+    return logits.max(-1).indices  # 4 times as fast as argmax in bfloat16
+
+
+def draw(logits: Tensor, draws: np.ndarray, *, temperature: float, top_k: int | None, top_p: float) -> list[int]:
+    """Draw one token per row. Waits for the device once, or twice for a wide nucleus.
 
     `top_k` cuts first and the rest is renormalised, then `top_p` keeps the fewest most likely tokens whose mass reaches
     it (of equal ones the lower id first), then the draw falls among what is left, in the order of ids.
 
     Args:
         logits: [rows, vocabulary], any float dtype.
-        draws: float64 [rows], in [0, 1); read only when temperature is above 0.
+        draws: float64 [rows], in [0, 1).
+        temperature: above 0.
 
     Returns:
         Token ids [rows].
     """
-    if temperature == 0:
-        return logits.max(-1).indices.tolist()  # 4 times as fast as argmax in bfloat16
-    assert draws is not None
     scaled = logits.float() / temperature
     u = torch.from_numpy(draws).to(scaled.device)[:, None]
     if top_k is None and top_p == 1:

@@ -121,3 +121,8 @@ def _encode_parts(tokenizer: PreTrainedTokenizerBase, parts: list[tuple[str, boo
             plain, end = "", match.end()
         plain += text[end:]
     return ids + _ids(tokenizer, plain, plain=True)
+
+
+def encode_draft(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of an answer as a model would make it: nothing in it is read as a special token, and none is added."""
+    return _ids(tokenizer, text, plain=True)

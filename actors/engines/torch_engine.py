@@ -12,12 +12,15 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from actors.contract import ConfigError
+from actors.decoding.cost import StepCost
 from actors.decoding.forward import Forward
 from actors.decoding.loop import DecodeLoop, Row
 from actors.decoding.mirror import MirroredForward
-from actors.engines.base import Completion, EngineConfig, EngineStats, Request
+from actors.decoding.sampling import uniforms
+from actors.engines.base import Completion, DraftingConfig, EngineConfig, EngineStats, Request
 from actors.engines.footprint import longest
-from actors.engines.prompts import check_room, encode_prompt, load_tokenizer
+from actors.engines.prompts import check_room, encode_draft, encode_prompt, load_tokenizer
 from actors.engines.ranks import Followers
 from actors.engines.torch_model import check_shards, load_model, load_shard
 
@@ -44,14 +47,21 @@ class TorchEngine:
             model = load_shard(config, 0, followers.store)
             forward = MirroredForward(model, followers.tell)
         self._limit = longest(model.config, config.max_model_len)
+        eos = _eos(model, self._tokenizer)
+        # Without a drafting config a row's draft, where there is one, is nobody's.
+        self._drafting = config if isinstance(config, DraftingConfig) else None
+        if self._drafting and self._drafting.max_iterations is not None and not eos:
+            raise ConfigError(f"{config.model!r} has no end-of-sequence token to fill a draft up with")
         self._loop = DecodeLoop(
             forward,
             self._decode,
-            eos=_eos(model, self._tokenizer),
+            eos=eos,
             stop=config.stop,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
+            block_size=self._drafting.block_size if self._drafting and self._drafting.decoder != "greedy" else 1,
+            max_iterations=self._drafting.max_iterations if self._drafting else None,
             max_num_seqs=config.max_num_seqs,
             kv_cache_tokens=config.kv_cache_tokens,
         )
@@ -77,9 +87,10 @@ class TorchEngine:
         """
         with self._tokenizer_lock:
             prompt = encode_prompt(self._tokenizer, request.prompt)
+            draft = self._draft(request)
         max_tokens = self.config.max_tokens
         check_room(prompt, max_tokens, self._limit)
-        row = Row(tuple(prompt), max_tokens, request.seed)
+        row = Row(tuple(prompt), max_tokens, request.seed, draft, self._num_reserved(request))
         caller = asyncio.get_running_loop()
         future: asyncio.Future[None] = caller.create_future()
         with self._state:
@@ -96,7 +107,28 @@ class TorchEngine:
                 self._cancelled.append(row)
                 self._state.notify()
             raise
-        return Completion(row.text, row.finish_reason, num_prompt_tokens=len(prompt), num_tokens=len(row.tokens))
+        return Completion(
+            row.text,
+            row.finish_reason,
+            num_prompt_tokens=len(prompt),
+            num_tokens=len(row.tokens) - row.num_reserved,
+            iterations=row.iterations if row.guesser else None,
+            accepted=row.accepted if row.guesser else None,
+        )
+
+    def _draft(self, request: Request) -> list[int] | None:
+        """What the request's row begins with; None where it is decoded one token at a time."""
+        if self._drafting is None:
+            return None
+        if request.draft is not None:
+            return encode_draft(self._tokenizer, request.draft)
+        return [] if self._drafting.decoder == "parallel" or self._drafting.max_iterations is not None else None
+
+    def _num_reserved(self, request: Request) -> int:
+        if self._drafting is None:
+            return 0
+        most = self._drafting.num_reserved
+        return int(uniforms(request.seed, 1)[0] * (most + 1)) if self._drafting.random_reserved else most
 
     def stats(self) -> EngineStats:
         with self._state:
@@ -128,6 +160,7 @@ class TorchEngine:
         try:
             if self._num_threads is not None:
                 torch.set_num_threads(self._num_threads)  # of this thread's parallel regions
+            self._loop.cost = self._measure()
             while self._exchange():
                 for row in self._loop.step():
                     self._settle(row, None)
@@ -142,6 +175,17 @@ class TorchEngine:
             rows = list(self._pending)
         for row in rows:
             self._settle(row, error)
+
+    def _measure(self) -> StepCost | None:
+        """What guesses cost, where it is asked: a fixed block, a fixed number of iterations and no guesses need not."""
+        loop, drafting = self._loop, self._drafting
+        if drafting is None or drafting.decoder != "auto" or drafting.max_iterations is not None:
+            return None
+        if loop.temperature > 0 or loop.block_size == 1:
+            return None
+        return StepCost.measure(
+            loop.forward, loop.max_num_seqs, loop.block_size, min(self._limit, loop.kv_cache_tokens)
+        )
 
     def _exchange(self) -> bool:
         """Wait for something to do and take in what callers left. False when the engine closes."""
@@ -176,9 +220,9 @@ def _resolve(future: asyncio.Future[None], error: BaseException | None) -> None:
         future.set_exception(error)
 
 
-def _eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every token id that ends an answer."""
+def _eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token id that ends an answer, the most usual one first."""
     assert model.generation_config is not None
     ids = model.generation_config.eos_token_id
-    eos = set(ids) if isinstance(ids, list) else {ids}
-    return {i for i in (*eos, tokenizer.eos_token_id) if i is not None}
+    every = [tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])]
+    return list(dict.fromkeys(i for i in every if i is not None))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from actors.decoding import sampling
-from actors.decoding.sampling import choose, uniforms
+from actors.decoding.sampling import draw, greedy, uniforms
 
 
 def reference(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float) -> np.ndarray:
@@ -34,7 +34,7 @@ def test_draws_cover_the_exact_distribution(
     probs = reference(logits, temperature, top_k, top_p)
     num = 4000
     draws = (np.arange(num) + 0.5) / num  # evenly spread draws: counts may be off by one, not by chance
-    tokens = choose(logits.expand(num, -1), draws, temperature=temperature, top_k=top_k, top_p=top_p)
+    tokens = draw(logits.expand(num, -1), draws, temperature=temperature, top_k=top_k, top_p=top_p)
     counts = np.bincount(tokens, minlength=vocabulary)
     assert np.abs(counts - num * probs).max() <= 1.01
     assert counts[probs == 0].sum() == 0
@@ -44,7 +44,7 @@ def test_random_draws_pass_chi_square() -> None:
     logits = torch.randn(50, generator=torch.Generator().manual_seed(2))
     probs = reference(logits, 1.0, None, 1.0)
     draws = np.concatenate([uniforms(seed, 20) for seed in range(1000)])
-    tokens = choose(logits.expand(len(draws), -1), draws, temperature=1.0, top_k=None, top_p=1.0)
+    tokens = draw(logits.expand(len(draws), -1), draws, temperature=1.0, top_k=None, top_p=1.0)
     expected = len(draws) * probs
     chi2 = float((((np.bincount(tokens, minlength=50) - expected) ** 2) / expected).sum())
     assert chi2 < 49 + 5 * (2 * 49) ** 0.5
@@ -64,21 +64,21 @@ def test_top_p_head_equals_full_sort(monkeypatch: pytest.MonkeyPatch, scale: flo
     logits = (torch.randn(200, 2000, generator=generator) * scale).to(dtype)
     draws = np.random.default_rng(0).random(200)
     settings = {"temperature": 1.0, "top_k": None, "top_p": 0.9}
-    fast = choose(logits, draws, **settings)
+    fast = draw(logits, draws, **settings)
     monkeypatch.setattr(sampling, "NUM_HEAD", 2000)
-    assert fast == choose(logits, draws, **settings)
+    assert fast == draw(logits, draws, **settings)
 
 
 def test_last_uniform_never_picks_an_impossible_token() -> None:
     logits = torch.full((1, 1000), -torch.inf)
     logits[0, 3] = 0.0
-    for draw in (0.0, 1 - 2.0**-53):
+    for uniform in (0.0, 1 - 2.0**-53):
         for top_k, top_p in ((None, 1.0), (5, 1.0), (None, 0.5)):
-            assert choose(logits, np.array([draw]), temperature=1.0, top_k=top_k, top_p=top_p) == [3]
+            assert draw(logits, np.array([uniform]), temperature=1.0, top_k=top_k, top_p=top_p) == [3]
 
 
 def test_greedy_takes_the_first_of_equals() -> None:
     logits = torch.zeros(2, 1000, dtype=torch.bfloat16)
     logits[0, [5, 700]] = 1.0
     logits[1, [900, 901]] = 2.0
-    assert choose(logits, None, temperature=0.0, top_k=None, top_p=1.0) == [5, 900]
+    assert greedy(logits).tolist() == [5, 900]

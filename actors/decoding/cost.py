@@ -1,0 +1,96 @@
+"""What a forward costs, and how many guesses are worth it.
+
+A forward reads all weights, however few positions it runs. Up to a knee the memory sets the pace, and more positions
+cost next to nothing: every row gets the whole block that it can fill. Beyond the knee the arithmetic does, and a guess
+must earn its keep: it is worth the chance p that it stays, its price is the time dc/dn of one more position, and where
+E tokens are made in c seconds it pays while p >= dc/dn * E / c. The choice that maximises E / c does just that, whatever
+the shape of c, and is found by adding the guesses of all rows in order of their chances.
+
+With poor drafts beyond the knee that leaves one position a row, which is plain decoding.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from actors.decoding.forward import STEP_TOKENS, Forward
+from actors.decoding.sampling import greedy
+
+LEAST_CHANCE = 0.01  # below it no guess is made, even where it seems to be free
+CONTEXT = 128  # tokens; what the measured rows have in the cache
+REPEATS = 3
+FAR = 4.0  # times the seconds of one position a row; beyond it the curve is straight
+
+
+class StepCost:
+    """Seconds of a forward, by its number of rows and of positions.
+
+    Args:
+        table: seconds by positions, for some numbers of rows; the positions of `rows` rows begin at `rows`. Between the
+            points, and beyond the last two, lines.
+    """
+
+    def __init__(self, table: Mapping[int, Mapping[int, float]]) -> None:
+        self.table = {rows: dict(sorted(curve.items())) for rows, curve in sorted(table.items())}
+
+    def seconds(self, rows: int, num_more: int) -> np.ndarray:
+        """float64 [num_more + 1]: of rows, rows + 1, … rows + num_more positions."""
+        positions = rows + np.arange(num_more + 1)
+        below = max((each for each in self.table if each <= rows), default=min(self.table))
+        above = min((each for each in self.table if each >= rows), default=max(self.table))
+        part = (rows - below) / (above - below) if above > below else 0.0
+        return (1 - part) * self._curve(below, positions) + part * self._curve(above, positions)
+
+    def _curve(self, rows: int, positions: np.ndarray) -> np.ndarray:
+        x, y = (np.array(list(values), float) for values in (self.table[rows], self.table[rows].values()))
+        y = np.maximum.accumulate(y)  # more work takes longer, whatever the clock said
+        slope = (y[-1] - y[-2]) / (x[-1] - x[-2]) if len(x) > 1 else 0.0
+        curve: np.ndarray = np.interp(positions, x, y) + slope * (positions - x[-1]).clip(0)
+        return curve
+
+    @classmethod
+    @torch.inference_mode()
+    def measure(cls, forward: Forward, max_num_seqs: int, block_size: int, max_positions: int) -> "StepCost":
+        """Time forwards of 1, 2, 4, … positions a row, for 1, 4, 16, … and `max_num_seqs` rows.
+
+        Nothing may be in the cache yet, and nothing is afterwards.
+
+        Args:
+            max_positions: bound on the positions of a row, cached or not.
+        """
+        context = max(0, min(CONTEXT, max_positions - block_size))
+        counts = [*(rows for rows in (4**i for i in range(8)) if rows < max_num_seqs), max_num_seqs]
+        table: dict[int, dict[int, float]] = {}
+        for rows in counts:
+            forward.cache.resize(rows, context + block_size, used=0)
+            curve = table[rows] = {}
+            for q in (2**i for i in range(block_size.bit_length())):
+                times = []
+                for _ in range(REPEATS + 1):  # the first warms up
+                    begin = time.perf_counter()
+                    logits = forward(0, [[0] * q] * rows, [context] * rows, [q] * rows)
+                    assert logits is not None
+                    greedy(logits).tolist()  # waits for the device
+                    times.append(time.perf_counter() - begin)
+                curve[rows * q] = min(times[1:])
+                if curve[rows * q] > FAR * curve[rows] or 2 * rows * q > STEP_TOKENS:
+                    break
+        forward.cache.resize(0, 0, used=0)
+        return cls(table)
+
+
+def block_sizes(chances: Sequence[np.ndarray], cost: StepCost) -> list[int]:
+    """How many guesses of each row go into the next forward, so that it makes the most tokens a second.
+
+    Args:
+        chances: per row, for each guess, that it and all before it are right: falling.
+    """
+    flat = np.concatenate(chances)
+    owner = np.arange(len(chances)).repeat([len(each) for each in chances])
+    order = np.argsort(-flat, kind="stable")[: int((flat >= LEAST_CHANCE).sum())]  # stable: each row's in their order
+    tokens = len(chances) + np.append(0.0, flat[order].cumsum())
+    best = int((tokens / cost.seconds(len(chances), len(order))).argmax())
+    sizes: list[int] = np.bincount(owner[order[:best]], minlength=len(chances)).tolist()
+    return sizes

@@ -1,0 +1,173 @@
+"""What a row guesses of its next tokens, and what it learns when the model has seen the guesses.
+
+A forward runs a row's last token and some guesses behind it, and predicts what follows each of them. The first
+prediction follows what is certain, so it is the next token; the second is the one after that if the first guess was
+right; and so on, as long as the guesses are. That is greedy decoding, token for token, however the guesses came about,
+and every forward makes at least one.
+
+`Drafter` decodes up to the fixed point. Its guesses come from the draft, and from the model itself: what a forward
+predicted behind the first wrong guess, which is Jacobi's iteration. `Denoiser` is DiffPO's finite number of iterations,
+where the predictions replace the guesses whether they stand or not.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+DEPTH = 4
+"""Right guesses in a row beyond which one more says nothing new about the next."""
+START = -1
+"""In place of a run: before the first guess."""
+LONGEST = 16  # tokens; two places in a draft that agree with the text so far as this are told apart by distance
+PRIOR = np.array([0.2, 0.5, 0.7, 0.8, 0.9, 0.5])  # chance by run: 0 to DEPTH, START
+PRIOR_WEIGHT = 4.0  # guesses
+
+
+class Record:
+    """How often a source of guesses was right, by its run: how many guesses before were right one after the other.
+
+    A row's record begins with what its parent knows, the record of all rows of the loop.
+    """
+
+    def __init__(self, parent: "Record | None" = None) -> None:
+        self.parent = parent
+        self.num_tried = np.zeros(DEPTH + 2)
+        self.num_right = np.zeros(DEPTH + 2)
+
+    def note(self, run: int, right: bool) -> None:
+        self.num_tried[run] += 1
+        self.num_right[run] += right
+        if self.parent is not None:
+            self.parent.note(run, right)
+
+    def survival(self, run: int, count: int) -> np.ndarray:
+        """float64 [count]: the chances that the first 1, 2, … of `count` guesses after this run are all right."""
+        runs = np.minimum(max(run, 0) + np.arange(count), DEPTH)
+        runs[:1] = run
+        survival: np.ndarray = self._chances()[runs].cumprod()
+        return survival
+
+    def _chances(self) -> np.ndarray:
+        prior = PRIOR if self.parent is None else self.parent._chances()
+        chances: np.ndarray = (self.num_right + PRIOR_WEIGHT * prior) / (self.num_tried + PRIOR_WEIGHT)
+        return chances
+
+
+class Guesser(Protocol):
+    def offer(self, most: int) -> tuple[list[int], np.ndarray]:
+        """At most so many guesses, and for each the chance (float64) that it and all before it are right."""
+        ...
+
+    def learn(self, predictions: list[int], num_right: int) -> list[int]:
+        """Take in what the model predicted behind the last token and each guess of which `num_right` were right.
+
+        Returns:
+            The tokens that this adds to the row.
+        """
+        ...
+
+
+class Drafter:
+    """Guesses for one row that is decoded up to the fixed point.
+
+    `at` is where in the draft the next token is expected, `run` how many tokens before it agree with the text. A token
+    that is not the expected one counts as a substitution, until the text's last two tokens or more are found in the
+    draft: then something was inserted or left out, and the draft goes on from there.
+
+    That a token is checked against every source costs nothing, so sources that are not used are watched all the same.
+
+    Args:
+        draft: tokens; the first `num_reserved` are part of the text already.
+        drafts: record of all drafts of the loop.
+        predictions: record of all predictions that became guesses.
+    """
+
+    def __init__(self, draft: Sequence[int], num_reserved: int, drafts: Record, predictions: Record) -> None:
+        self.draft = list(draft)
+        self.text = self.draft[:num_reserved]
+        self.at = num_reserved
+        self.run = min(num_reserved, DEPTH) or START
+        self.predicted: list[int] = []
+        self._drafts = Record(drafts)
+        self._predictions = Record(predictions)
+        self._places: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+        for place in range(2, len(self.draft) + 1):
+            self._places[self.draft[place - 2], self.draft[place - 1]].append(place)
+
+    def offer(self, most: int) -> tuple[list[int], np.ndarray]:
+        """The draft from `at`, or the model's predictions and behind them the draft, whichever promises more."""
+        tokens = self.draft[self.at : self.at + most]
+        chances = self._drafts.survival(self.run, len(tokens))
+        own = self.predicted[:most]
+        if own:
+            rest = self.draft[self.at + len(own) : self.at + most]
+            survival = self._predictions.survival(0, len(own))
+            survival = np.append(survival, survival[-1] * self._drafts.survival(0, len(rest)))
+            if survival.sum() > chances.sum():
+                return own + rest, survival
+        return tokens, chances
+
+    def learn(self, predictions: list[int], num_right: int) -> list[int]:
+        made = predictions[: num_right + 1]
+        for run, (guess, token) in enumerate(zip(self.predicted, made, strict=False)):
+            self._predictions.note(min(run, DEPTH), guess == token)
+            if guess != token:
+                break
+        self.predicted = predictions[num_right + 1 :]
+        for token in made:
+            self._follow(token)
+        return made
+
+    def _follow(self, token: int) -> None:
+        self.text.append(token)
+        right = False
+        if self.at < len(self.draft):
+            right = self.draft[self.at] == token
+            self._drafts.note(self.run, right)
+        self.at += 1
+        if right:
+            self.run = min(max(self.run, 0) + 1, DEPTH)
+        else:
+            self.run = 0
+            self._align()
+
+    def _align(self) -> None:
+        """Go to where the draft agrees with the longest end of the text, of at least two tokens; of several such places
+        to the one nearest to where the text was expected."""
+        end = (self.text[-2], self.text[-1]) if len(self.text) > 1 else (-1, -1)
+        best = 0, 0, self.at
+        for place in self._places.get(end, ()):
+            best = max(best, (self._agreement(place), -abs(place - self.at), place))
+        self.run, self.at = min(best[0], DEPTH), best[2]
+
+    def _agreement(self, place: int) -> int:
+        """How many tokens before this place of the draft are the text's last ones."""
+        most = min(LONGEST, place, len(self.text))
+        return next((n for n in range(most) if self.draft[place - 1 - n] != self.text[-1 - n]), most)
+
+
+class Denoiser:
+    """The last guess of one row's response, behind the tokens that cannot change any more.
+
+    An iteration replaces every token by what the model predicts from those before it. Up to the first that changes, and
+    with it, they will be predicted again and again: these are the row's, and their K and V are never made again.
+
+    Args:
+        guess: the whole response but for its reserved tokens; at least one token.
+        num_iterations: at least 1.
+    """
+
+    def __init__(self, guess: list[int], num_iterations: int) -> None:
+        self.guess = guess
+        self.num_iterations = num_iterations
+
+    def offer(self, most: int) -> tuple[list[int], np.ndarray]:
+        return self.guess[:-1], np.ones(len(self.guess) - 1)  # what the last one predicts lies outside
+
+    def learn(self, predictions: list[int], num_right: int) -> list[int]:
+        self.num_iterations -= 1
+        num_certain = num_right + 1 if self.num_iterations else len(predictions)
+        self.guess = predictions[num_certain:]
+        return predictions[:num_certain]
