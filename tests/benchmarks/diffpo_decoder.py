@@ -129,24 +129,22 @@ def random_subject(args: argparse.Namespace, dtype: str) -> Subject:
     forward in bfloat16 would agree for long, and drafts could not be right: the speed is measured here, not the text.
     """
     found = "cuda" if torch.cuda.is_available() else "cpu"
-    config = LlamaConfig(**SIZES[args.random], rope_theta=500000.0, max_position_embeddings=8192, pad_token_id=0)
     device = torch.device(found if args.device == "auto" else args.device)
+    shape = {**SIZES[args.random], "rope_theta": 500000.0, "max_position_embeddings": 8192, "pad_token_id": 0}
 
     def build(attention: str) -> Any:
         torch.manual_seed(0)
-        with device:
+        with device, torch.no_grad():
             model: Any = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype), attn_implementation=attention
+                LlamaConfig(**shape), dtype=getattr(torch, dtype), attn_implementation=attention
             )
-            with torch.no_grad():
-                model.model.embed_tokens.weight.normal_(std=4.0)
-                order = torch.randperm(config.vocab_size)
-                model.lm_head.weight.copy_(model.model.embed_tokens.weight[order])
+            embeddings = model.model.embed_tokens.weight.normal_(std=4.0)
+            model.lm_head.weight.copy_(embeddings[torch.randperm(len(embeddings))])
         return model.eval()
 
     draws = torch.Generator().manual_seed(0)
     lengths = torch.randint(24, 64, (256,), generator=draws).tolist()
-    prompts = [torch.randint(3, config.vocab_size, (length,), generator=draws).tolist() for length in lengths]
+    prompts = [torch.randint(3, shape["vocab_size"], (length,), generator=draws).tolist() for length in lengths]
     return Subject(f"random Llama {args.random}", build(ATTENTION), build("sdpa"), prompts)
 
 
