@@ -3,8 +3,8 @@
 A forward reads all weights, however few positions it runs. Up to a knee the memory sets the pace, and more positions
 cost next to nothing: every row gets the whole block that it can fill. Beyond the knee the arithmetic does, and a guess
 must earn its keep: it is worth the chance p that it stays, its price is the time dc/dn of one more position, and where
-E tokens are made in c seconds it pays while p >= dc/dn * E / c. The choice that maximises E / c does just that, whatever
-the shape of c, and is found by adding the guesses of all rows in order of their chances.
+E tokens are made in c seconds it pays while p >= dc/dn * E / c. The choice that maximises E / c does just that,
+whatever the shape of c, and is found by adding the guesses of all rows in order of their chances.
 
 With poor drafts beyond the knee that leaves one position a row, which is plain decoding.
 """
@@ -20,8 +20,9 @@ from actors.decoding.sampling import greedy
 
 LEAST_CHANCE = 0.01  # below it no guess is made, even where it seems to be free
 CONTEXT = 128  # tokens; what the measured rows have in the cache
-REPEATS = 3
-FAR = 4.0  # times the seconds of one position a row; beyond it the curve is straight
+SWEEPS = 3
+FAR = 3.0  # times the seconds of one position a row; beyond it the curve is straight
+SKEW = 4  # times the average: no row gets more positions, since attention pads the others to the longest
 
 
 class StepCost:
@@ -52,33 +53,37 @@ class StepCost:
 
     @classmethod
     @torch.inference_mode()
-    def measure(cls, forward: Forward, max_num_seqs: int, block_size: int, max_positions: int) -> "StepCost":
-        """Time forwards of 1, 2, 4, … positions a row, for 1, 4, 16, … and `max_num_seqs` rows.
+    def measure(cls, forward: Forward, num_rows: int, block_size: int, max_positions: int) -> "StepCost":
+        """Time forwards of 1, 2, 4, … positions a row, for 1, 8, 64, … up to `num_rows` rows.
 
         Nothing may be in the cache yet, and nothing is afterwards.
 
         Args:
-            max_positions: bound on the positions of a row, cached or not.
+            block_size: most positions of a row in a forward.
+            max_positions: bound on the positions of a row, those in the cache included.
         """
-        context = max(0, min(CONTEXT, max_positions - block_size))
-        counts = [*(rows for rows in (4**i for i in range(8)) if rows < max_num_seqs), max_num_seqs]
+        block_size = min(block_size, max_positions)
+        context = min(CONTEXT, max_positions - block_size)
         table: dict[int, dict[int, float]] = {}
-        for rows in counts:
+        for rows in sorted({min(rows, num_rows) for rows in (1, 8, 64, 512, num_rows)}):
             forward.cache.resize(rows, context + block_size, used=0)
             curve = table[rows] = {}
-            for q in (2**i for i in range(block_size.bit_length())):
-                times = []
-                for _ in range(REPEATS + 1):  # the first warms up
-                    begin = time.perf_counter()
-                    logits = forward(0, [[0] * q] * rows, [context] * rows, [q] * rows)
-                    assert logits is not None
-                    greedy(logits).tolist()  # waits for the device
-                    times.append(time.perf_counter() - begin)
-                curve[rows * q] = min(times[1:])
-                if curve[rows * q] > FAR * curve[rows] or 2 * rows * q > STEP_TOKENS:
-                    break
+            for _ in range(SWEEPS):  # not one length after the other: what disturbs one point now spares it later
+                for q in (2**i for i in range(block_size.bit_length())):
+                    seconds = _seconds(forward, rows, q, context)
+                    curve[rows * q] = min(seconds, curve.get(rows * q, seconds))
+                    if q > 1 and (curve[rows * q] > FAR * curve[rows] or 2 * rows * q > STEP_TOKENS):
+                        break
         forward.cache.resize(0, 0, used=0)
         return cls(table)
+
+
+def _seconds(forward: Forward, rows: int, q: int, context: int) -> float:
+    begin = time.perf_counter()
+    logits = forward(0, [[0] * q] * rows, [context] * rows, [q] * rows)
+    assert logits is not None
+    greedy(logits).tolist()  # waits for the device
+    return time.perf_counter() - begin
 
 
 def block_sizes(chances: Sequence[np.ndarray], cost: StepCost) -> list[int]:
@@ -87,10 +92,14 @@ def block_sizes(chances: Sequence[np.ndarray], cost: StepCost) -> list[int]:
     Args:
         chances: per row, for each guess, that it and all before it are right: falling.
     """
+    rows = len(chances)
     flat = np.concatenate(chances)
-    owner = np.arange(len(chances)).repeat([len(each) for each in chances])
-    order = np.argsort(-flat, kind="stable")[: int((flat >= LEAST_CHANCE).sum())]  # stable: each row's in their order
-    tokens = len(chances) + np.append(0.0, flat[order].cumsum())
-    best = int((tokens / cost.seconds(len(chances), len(order))).argmax())
-    sizes: list[int] = np.bincount(owner[order[:best]], minlength=len(chances)).tolist()
-    return sizes
+    worth_a_look = flat >= LEAST_CHANCE
+    owner = np.arange(rows).repeat([len(each) for each in chances])[worth_a_look]
+    flat = flat[worth_a_look]
+    order = np.argsort(-flat, kind="stable")  # stable: of equal ones a row's earlier guess comes first
+    tokens = rows + np.append(0.0, flat[order].cumsum())
+    best = int((tokens / cost.seconds(rows, len(order))).argmax())
+    sizes = np.bincount(owner[order[:best]], minlength=rows)
+    narrow: list[int] = sizes.clip(max=SKEW * (rows + best) // rows).tolist()
+    return narrow

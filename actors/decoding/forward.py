@@ -20,7 +20,7 @@ from actors.contract import ConfigError
 
 ATTENTION = "burnish_grouped"
 """The name to load a model with (`attn_implementation=ATTENTION`)."""
-STEP_TOKENS = 2048
+STEP_TOKENS = 1024
 """Most positions to ask logits of in one forward, of several rows: past every knee, and no more logits than fit."""
 
 

@@ -20,8 +20,9 @@ DEPTH = 4
 """Right guesses in a row beyond which one more says nothing new about the next."""
 START = -1
 """In place of a run: before the first guess."""
+NEAR = 4  # tokens; as far from where it was expected, one token that agrees is a sign, two are anywhere
 LONGEST = 16  # tokens; two places in a draft that agree with the text so far as this are told apart by distance
-PRIOR = np.array([0.2, 0.5, 0.7, 0.8, 0.9, 0.5])  # chance by run: 0 to DEPTH, START
+PRIOR = [0.2, 0.5, 0.7, 0.8, 0.9, 0.5]  # chance by run: 0 to DEPTH, START
 PRIOR_WEIGHT = 4.0  # guesses
 
 
@@ -33,8 +34,8 @@ class Record:
 
     def __init__(self, parent: "Record | None" = None) -> None:
         self.parent = parent
-        self.num_tried = np.zeros(DEPTH + 2)
-        self.num_right = np.zeros(DEPTH + 2)
+        self.num_tried = [0] * len(PRIOR)
+        self.num_right = [0] * len(PRIOR)
 
     def note(self, run: int, right: bool) -> None:
         self.num_tried[run] += 1
@@ -44,15 +45,18 @@ class Record:
 
     def survival(self, run: int, count: int) -> np.ndarray:
         """float64 [count]: the chances that the first 1, 2, … of `count` guesses after this run are all right."""
-        runs = np.minimum(max(run, 0) + np.arange(count), DEPTH)
-        runs[:1] = run
-        survival: np.ndarray = self._chances()[runs].cumprod()
-        return survival
+        chances = self._chances()
+        first = [chances[run], *chances[max(run, 0) + 1 : DEPTH]][:count]
+        survival = np.full(count, chances[DEPTH])
+        survival[: len(first)] = first
+        return survival.cumprod(out=survival)
 
-    def _chances(self) -> np.ndarray:
+    def _chances(self) -> list[float]:
         prior = PRIOR if self.parent is None else self.parent._chances()
-        chances: np.ndarray = (self.num_right + PRIOR_WEIGHT * prior) / (self.num_tried + PRIOR_WEIGHT)
-        return chances
+        return [
+            (right + PRIOR_WEIGHT * chance) / (tried + PRIOR_WEIGHT)
+            for right, tried, chance in zip(self.num_right, self.num_tried, prior, strict=True)
+        ]
 
 
 class Guesser(Protocol):
@@ -73,8 +77,8 @@ class Drafter:
     """Guesses for one row that is decoded up to the fixed point.
 
     `at` is where in the draft the next token is expected, `run` how many tokens before it agree with the text. A token
-    that is not the expected one counts as a substitution, until the text's last two tokens or more are found in the
-    draft: then something was inserted or left out, and the draft goes on from there.
+    that is not the expected one counts as a substitution, until the end of the text is found elsewhere in the draft:
+    then something was inserted or left out, and the draft goes on from there.
 
     That a token is checked against every source costs nothing, so sources that are not used are watched all the same.
 
@@ -92,9 +96,9 @@ class Drafter:
         self.predicted: list[int] = []
         self._drafts = Record(drafts)
         self._predictions = Record(predictions)
-        self._places: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-        for place in range(2, len(self.draft) + 1):
-            self._places[self.draft[place - 2], self.draft[place - 1]].append(place)
+        self._places: defaultdict[int, list[int]] = defaultdict(list)
+        for place, token in enumerate(self.draft, 1):
+            self._places[token].append(place)
 
     def offer(self, most: int) -> tuple[list[int], np.ndarray]:
         """The draft from `at`, or the model's predictions and behind them the draft, whichever promises more."""
@@ -134,12 +138,13 @@ class Drafter:
             self._align()
 
     def _align(self) -> None:
-        """Go to where the draft agrees with the longest end of the text, of at least two tokens; of several such places
-        to the one nearest to where the text was expected."""
-        end = (self.text[-2], self.text[-1]) if len(self.text) > 1 else (-1, -1)
+        """Go to where the draft agrees with the longest end of the text, of several such places to the nearest. What
+        agrees in one token alone must be near."""
         best = 0, 0, self.at
-        for place in self._places.get(end, ()):
-            best = max(best, (self._agreement(place), -abs(place - self.at), place))
+        for place in self._places.get(self.text[-1], ()):
+            agreement, distance = self._agreement(place), abs(place - self.at)
+            if agreement > 1 or distance <= NEAR:
+                best = max(best, (agreement, -distance, place))
         self.run, self.at = min(best[0], DEPTH), best[2]
 
     def _agreement(self, place: int) -> int:

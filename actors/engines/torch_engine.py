@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.contract import ConfigError
-from actors.decoding.cost import StepCost
+from actors.decoding.cost import CONTEXT, StepCost
 from actors.decoding.forward import Forward
 from actors.decoding.loop import DecodeLoop, Row
 from actors.decoding.mirror import MirroredForward
@@ -183,8 +183,9 @@ class TorchEngine:
             return None
         if loop.temperature > 0 or loop.block_size == 1:
             return None
+        num_rows = loop.kv_cache_tokens // (CONTEXT + loop.block_size)
         return StepCost.measure(
-            loop.forward, loop.max_num_seqs, loop.block_size, min(self._limit, loop.kv_cache_tokens)
+            loop.forward, max(1, min(num_rows, loop.max_num_seqs)), loop.block_size, max_positions=self._limit
         )
 
     def _exchange(self) -> bool:

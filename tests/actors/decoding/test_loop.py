@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.contract import ConfigError
 from actors.decoding import loop as loop_module
-from actors.decoding.forward import Forward, SlotCache
+from actors.decoding.forward import ATTENTION, Forward, SlotCache
 from actors.decoding.loop import DecodeLoop, Row
 from actors.engines.base import EngineConfig
 from actors.engines.torch_model import load_model
@@ -135,7 +136,7 @@ def test_invariance_fails_with_positions_of_another_row(
 
     def shifted(**kwargs: Any) -> Any:
         positions = kwargs["position_ids"]
-        return real(**kwargs | {"position_ids": positions[:1].expand_as(positions)})
+        return real(**kwargs | {"position_ids": positions[:, :1].expand_as(positions)})
 
     monkeypatch.setattr(llama, "forward", shifted)
     assert changed(llama, {})
@@ -146,8 +147,10 @@ def test_invariance_fails_when_keys_land_at_another_rows_offset(
 ) -> None:
     real = SlotCache.aim
 
-    def astray(self: SlotCache, first: int, positions: torch.Tensor, length: int) -> None:
-        real(self, first, positions[:1].expand_as(positions), length)
+    def astray(self: SlotCache, first: int, rows: int, slots: Any, positions: torch.Tensor, length: int) -> None:
+        if rows == len(positions):  # one of each
+            positions = positions[:1].expand_as(positions)
+        real(self, first, rows, slots, positions, length)
 
     monkeypatch.setattr(SlotCache, "aim", astray)
     assert changed(llama, {})
@@ -162,37 +165,33 @@ def test_invariance_fails_when_holes_are_not_filled(llama: PreTrainedModel, monk
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen2", "mistral"])
-def test_block_of_positions_equals_one_at_a_time(model_folder: Callable[[str], Path], kind: str) -> None:
-    """Rows of different lengths, 6 tokens of each in one forward: the logits are those of 6 forwards."""
+def test_blocks_of_positions_equal_the_whole(model_folder: Callable[[str], Path], kind: str) -> None:
+    """Rows of different lengths, some tokens of each in one forward: the logits are those of the model on the whole."""
     model = load_model(EngineConfig(model=str(model_folder(kind)), dtype="float32", device="cpu"))
-    starts, block = [3, 30, 17], 6
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(3, 512, (3, 40), generator=generator)
-    got = []
-    for step in (1, block):
-        forward = Forward(model)
-        forward.cache.resize(4, 64, 0)
-        with torch.inference_mode():
-            forward(1, tokens[:, : max(starts)], [0, 0, 0], num_logits=0)
-            pieces = []
-            for done in range(0, block, step):
-                now = torch.stack([tokens[i, s + done : s + done + step] for i, s in enumerate(starts)])
-                piece = forward(1, now, [s + done for s in starts], num_logits=step)
-                assert piece is not None
-                pieces.append(piece)
-        got.append(torch.cat(pieces, 1))
-    assert torch.allclose(got[0], got[1], atol=1e-4)
+    starts, ends = [3, 30, 0, 17], [9, 36, 5, 18]
+    tokens = torch.randint(3, 512, (4, 40), generator=torch.Generator().manual_seed(0)).tolist()
     model.set_attn_implementation("eager")
     with torch.inference_mode():
-        whole = model(tokens[1:2, :36]).logits[0, 30:]
-    assert torch.allclose(got[0][1], whole, atol=1e-4)
+        whole = model(torch.tensor(tokens)).logits
+    model.set_attn_implementation(ATTENTION)
+    forward = Forward(model)
+    forward.cache.resize(5, 64, 0)
+    with torch.inference_mode():
+        forward(1, [row[:start] for row, start in zip(tokens, starts, strict=True)], [0] * 4, [0] * 4)
+        block = [row[start:end] for row, start, end in zip(tokens, starts, ends, strict=True)]
+        got = forward(1, block, starts, [6, 2, 5, 0])
+        one = forward(1, [row[end : end + 1] for row, end in zip(tokens, ends, strict=True)], ends, [1] * 4)
+    assert got is not None and one is not None
+    want = torch.cat([whole[0, 3:9], whole[1, 34:36], whole[2, :5]])
+    assert torch.allclose(got, want, atol=1e-4)
+    assert torch.allclose(one, whole[range(4), ends], atol=1e-4)
 
 
 # --- admission ------------------------------------------------------------------------------------------------------
 
 
 class Recorder:
-    """Counts the forwards of a loop: rows and positions of each, and for how many of them logits."""
+    """Counts the forwards of a loop: rows of each, the longest of them, and for how many positions logits."""
 
     def __init__(self, loop: DecodeLoop) -> None:
         self.calls: list[tuple[int, int, int]] = []
@@ -201,10 +200,10 @@ class Recorder:
         self.cache = loop.forward.cache
         loop.forward = self  # type: ignore[assignment]
 
-    def __call__(self, first: int, tokens: torch.Tensor, starts: list[int], *, num_logits: int) -> Any:
-        self.calls.append((*tokens.shape, num_logits))
+    def __call__(self, first: int, tokens: Any, starts: list[int], num_logits: list[int]) -> Any:
+        self.calls.append((len(tokens), max(map(len, tokens)), sum(num_logits)))
         self.cells = max(self.cells, self.cache.slots * self.cache.capacity)
-        return self.real(first, tokens, starts, num_logits=num_logits)
+        return self.real(first, tokens, starts, num_logits)
 
     @property
     def prefills(self) -> list[tuple[int, int]]:
@@ -297,11 +296,8 @@ class Scripted:
         self.tokens = tokens
         self.cache = SlotCache()
 
-    def __call__(self, first: int, tokens: torch.Tensor, starts: list[int], *, num_logits: int) -> torch.Tensor:
-        out = torch.zeros(len(starts), 1, 512)
-        for i, start in enumerate(starts):
-            out[i, 0, self.tokens[start]] = 1.0
-        return out
+    def __call__(self, first: int, tokens: Any, starts: list[int], num_logits: list[int]) -> torch.Tensor:
+        return F.one_hot(torch.tensor([self.tokens[start] for start in starts]), 512).float()
 
 
 @pytest.mark.parametrize(

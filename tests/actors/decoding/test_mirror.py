@@ -13,11 +13,15 @@ from actors.decoding.mirror import Command, MirroredCache, MirroredForward, obey
 
 @pytest.fixture(scope="module")
 def told(llama: PreTrainedModel) -> tuple[MirroredForward, list[Command]]:
-    """A first rank that has decoded rows which came, shared prompts, were cancelled and ended; and what it told."""
+    """A first rank that has decoded rows which came, shared prompts, guessed, were cancelled, ended; what it told."""
     sent: list[bytes] = []
     forward = MirroredForward(llama, lambda command: sent.append(pickle.dumps(command)))
-    loop = DecodeLoop(forward, str, eos=[2], max_num_seqs=5, kv_cache_tokens=1 << 16)
-    rows = [Row((3, *range(10, 10 + 7 * (i % 6))), max_tokens=4 + 9 * (i % 7), seed=i) for i in range(24)]
+    loop = DecodeLoop(forward, str, eos=[2], block_size=6, max_num_seqs=5, kv_cache_tokens=1 << 16)
+    drafts = [None, [], list(range(10, 30))] * 8
+    rows = [
+        Row((3, *range(10, 10 + 7 * (i % 6))), max_tokens=4 + 9 * (i % 7), seed=i, draft=draft)
+        for i, draft in enumerate(drafts)
+    ]
     for row in rows:
         loop.submit(row)
     for _ in range(6):

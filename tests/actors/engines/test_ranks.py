@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from transformers import GPT2Config
 
 from actors.contract import ConfigError
 from actors.decoding.forward import Forward
+from actors.decoding.loop import DecodeLoop, Row
 from actors.engines import build_engine
-from actors.engines.base import Completion, EngineConfig, Request
+from actors.engines.base import Completion, DraftingConfig, EngineConfig, Request
 from actors.engines.hosted import HostedEngine
 from actors.engines.process import EngineDied
 from actors.engines.torch_engine import TorchEngine
@@ -34,12 +36,13 @@ KINDS = ["llama", "tied", "gemma2", "qwen2", "mistral"]
 
 def config_of(folder: Path, **settings: Any) -> EngineConfig:
     defaults = {"dtype": "float32", "device": "cpu", "max_tokens": 24, "stop": ["th", "."], "max_num_seqs": 6}
-    return EngineConfig(model=str(folder), **(defaults | settings))
+    kind = DraftingConfig if "decoder" in settings else EngineConfig
+    return kind(model=str(folder), **(defaults | settings))
 
 
 @pytest.fixture(scope="module")
 def greedy(llama_folder: Path) -> Iterator[HostedEngine]:
-    yield from hosted(config_of(llama_folder, tensor_parallel_size=2))
+    yield from hosted(config_of(llama_folder, decoder="auto", block_size=8, tensor_parallel_size=2))
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +105,17 @@ def by_one_rank(folder: Path, requests: list[Request], **settings: Any) -> list[
     return made
 
 
-def test_two_ranks_answer_greedily_like_one(greedy: HostedEngine, llama_folder: Path) -> None:
+def test_two_ranks_answer_greedily_like_one_whatever_the_draft(greedy: HostedEngine, llama_folder: Path) -> None:
     requests = make_requests(48)
     expected = by_one_rank(llama_folder, requests)
+    drafts = [None, "Every answer ends", *(made.text for made in expected[2:])]
+    drafted = [replace(request, draft=draft) for request, draft in zip(requests, drafts, strict=True)]
     assert len({made.num_tokens for made in expected}) > 8  # so that rows leave and come all the time
     assert len({made.text for made in expected}) > 24
-    assert asyncio.run(together(greedy, requests)) == expected
+    made = asyncio.run(together(greedy, drafted))
+    assert [replace(each, iterations=None, accepted=None) for each in made] == expected
+    assert made[0] == expected[0]
+    assert sum(each.accepted for each in made[2:]) > 0
 
 
 def test_two_ranks_sample_like_one(sampling: HostedEngine, llama_folder: Path) -> None:
@@ -158,14 +166,30 @@ def test_followers_end_with_rank_0(sampling: HostedEngine) -> None:
 @torch.inference_mode()
 def logits_of(forward: Forward) -> list[torch.Tensor]:
     """Of a block of positions per row, then of one each, behind a prefill that is longer than every window."""
-    tokens = torch.randint(3, 512, (3, 30), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(3, 512, (3, 30), generator=torch.Generator().manual_seed(0)).tolist()
     forward.cache.resize(3, 64, used=0)
-    forward(0, tokens[:, :20], [0, 0, 0], num_logits=0)
-    block = forward(0, tokens[:, 20:26], [20, 11, 17], num_logits=6)
+    forward(0, [row[:20] for row in tokens], [0, 0, 0], [0, 0, 0])
+    block = forward(0, [tokens[0][20:26], tokens[1][20:21], tokens[2][20:26]], [20, 11, 17], [6, 1, 3])
     forward.cache.copy(2, 1, 23)
-    one = forward(0, tokens[:, 26:27], [26, 23, 23], num_logits=1)
+    one = forward(0, [row[26:27] for row in tokens], [26, 23, 23], [1, 1, 1])
     assert block is not None and one is not None
     return [block, one]
+
+
+def tokens_of(forward: Forward) -> list[list[int]]:
+    """Of rows in blocks up to the fixed point, and after two iterations. Ranks that run this in step need no mirror."""
+    made = []
+    for max_iterations in (None, 2):
+        loop = DecodeLoop(
+            forward, str, eos=[2], block_size=6, max_iterations=max_iterations, max_num_seqs=3, kv_cache_tokens=1 << 12
+        )
+        rows = [Row(tuple(range(3, 12 + 5 * i)), 20, seed=0, draft=range(40, 40 + 4 * i)) for i in range(5)]
+        for row in rows:
+            loop.submit(row)
+        while loop.busy:
+            loop.step()
+        made += [row.tokens for row in rows]
+    return made
 
 
 RANK = """
@@ -174,14 +198,15 @@ import torch
 from actors.decoding.forward import Forward
 from actors.engines.base import EngineConfig
 from actors.engines.torch_model import join_ranks, load_model
-from tests.actors.engines.test_ranks import config_of, logits_of
+from tests.actors.engines.test_ranks import config_of, logits_of, tokens_of
 
 rank, store, out, *folders = sys.argv[1:]
 torch.set_num_threads(1)
 join_ranks(int(rank), 2, int(store), "cpu")
-logits = [logits_of(Forward(load_model(config_of(folder, tensor_parallel_size=2)))) for folder in folders]
+models = [load_model(config_of(folder, tensor_parallel_size=2)) for folder in folders]
+made = [(logits_of(Forward(model)), tokens_of(Forward(model))) for model in models]
 if rank == "0":
-    torch.save(logits, out)
+    torch.save(made, out)
 """
 
 
@@ -202,9 +227,10 @@ def test_shards_of_every_kind_of_model_add_up(model_folder: Callable[[str], Path
             rank.kill()
             rank.wait()
         os.close(store)
-    for kind, folder, sharded in zip(KINDS, folders, torch.load(out), strict=True):
-        whole = logits_of(Forward(load_model(config_of(Path(folder)))))
-        for ours, theirs in zip(sharded, whole, strict=True):
+    for kind, folder, (sharded, tokens) in zip(KINDS, folders, torch.load(out), strict=True):
+        model = load_model(config_of(Path(folder)))
+        assert tokens == tokens_of(Forward(model)), kind
+        for ours, theirs in zip(sharded, logits_of(Forward(model)), strict=True):
             assert ours.shape == theirs.shape
             assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5), kind
 

@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from actors.contract import ConfigError, RowError
-from actors.engines.base import Completion, EngineConfig, Request
+from actors.engines.base import Completion, DraftingConfig, EngineConfig, Request
 from actors.engines.torch_engine import TorchEngine
 
 TIMEOUT = 20  # seconds; a hang fails instead of stalling the suite
@@ -175,6 +175,98 @@ def test_close_releases_those_who_wait(llama_folder: Path) -> None:
     assert all("closed" in str(error) for error in asyncio.run(close_early()))
     assert not engine._thread.is_alive()
     engine.close()
+
+
+# --- drafts -----------------------------------------------------------------------------------------------------------
+
+
+def drafting(folder: Path, requests: list[Request], **settings: Any) -> list[Completion]:
+    config = DraftingConfig(model=str(folder), **({"dtype": "float32", "device": "cpu", "max_tokens": 16} | settings))
+    engine = TorchEngine(config, 1)
+    made = asyncio.run(together(engine, requests))
+    engine.close()
+    assert all(isinstance(completion, Completion) for completion in made), made
+    return made
+
+
+@pytest.fixture(scope="module")
+def plain(llama_folder: Path) -> list[Completion]:
+    """What is made of ten chats without a draft."""
+    engine = TorchEngine(config_of(llama_folder), 1)
+    made = asyncio.run(together(engine, [chat(i) for i in range(10)]))
+    engine.close()
+    return made
+
+
+def with_drafts(drafts: list[str]) -> list[Request]:
+    return [Request(chat(i).prompt, i, draft) for i, draft in enumerate(drafts)]
+
+
+@pytest.mark.parametrize("decoder", ["auto", "parallel", "greedy"])
+def test_a_draft_changes_the_forwards_and_not_the_answer(
+    llama_folder: Path, plain: list[Completion], decoder: str
+) -> None:
+    requests = with_drafts([made.text for made in plain])
+    made = drafting(llama_folder, requests, decoder=decoder, block_size=8)
+    assert [(each.text, each.num_tokens) for each in made] == [(each.text, each.num_tokens) for each in plain]
+    if decoder == "greedy":
+        assert {(each.iterations, each.accepted) for each in made} == {(None, None)}
+    else:
+        assert all(each.iterations + each.accepted >= each.num_tokens for each in made)
+        assert decoder == "auto" or sum(each.iterations for each in made) < sum(each.num_tokens for each in made)
+
+
+def test_without_a_draft_only_a_parallel_decoder_guesses(llama_folder: Path, plain: list[Completion]) -> None:
+    requests = [chat(i) for i in range(10)]
+    assert drafting(llama_folder, requests, decoder="auto") == plain
+    made = drafting(llama_folder, requests, decoder="parallel", block_size=8)
+    assert [each.text for each in made] == [each.text for each in plain]
+    assert all(each.iterations is not None for each in made)
+
+
+def test_a_sampled_row_has_no_use_for_its_draft(llama_folder: Path) -> None:
+    drafts, none = with_drafts(["The quick brown fox"] * 10), [chat(i) for i in range(10)]
+    made = drafting(llama_folder, drafts, temperature=0.8)
+    assert made == drafting(llama_folder, none, temperature=0.8)
+    assert len({each.text for each in made}) == 10
+
+
+def test_many_iterations_arrive_where_the_fixed_point_is_and_few_do_not(
+    llama_folder: Path, plain: list[Completion]
+) -> None:
+    requests = with_drafts(["A preference is a pair of answers to one prompt."] * 10)
+    done = drafting(llama_folder, requests, max_iterations=16, block_size=16)
+    assert [each.text for each in done] == [each.text for each in plain]
+    few = drafting(llama_folder, requests, max_iterations=2, block_size=16)
+    assert not {each.text for each in few} & {each.text for each in plain}
+    assert {each.iterations for each in few} <= {1, 2}
+
+
+@pytest.mark.parametrize("max_iterations", [None, 3])
+def test_reserved_tokens_begin_the_answer_and_are_not_counted(
+    llama_folder: Path, tokenizer: PreTrainedTokenizerBase, max_iterations: int | None
+) -> None:
+    draft = "The quick brown fox jumps over"
+    ids = tokenizer(draft)["input_ids"]
+    settings = {"num_reserved": 4, "max_iterations": max_iterations, "block_size": 16}
+    made = drafting(llama_folder, with_drafts([draft] * 10), **settings)
+    assert all(each.text.startswith(tokenizer.decode(ids[:4])) for each in made)
+    assert max(each.num_tokens or 0 for each in made) == 16 - 4
+    drawn = drafting(llama_folder, with_drafts([draft] * 10), random_reserved=True, **settings)
+    assert drawn == drafting(llama_folder, with_drafts([draft] * 10), random_reserved=True, **settings)
+    assert len({each.num_tokens for each in drawn if each.finish_reason == "length"}) > 2
+
+
+def test_a_model_without_an_end_of_sequence_cannot_fill_a_draft_up(llama_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama_folder, tmp_path / "endless")
+    for name in ("generation_config.json", "config.json", "tokenizer_config.json"):
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({key: v for key, v in settings.items() if not key.startswith("eos_")}))
+    with pytest.raises(ConfigError, match="has no end-of-sequence token to fill a draft up with"):
+        drafting(folder, [], max_iterations=2)
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("missing", ["folder", "model.safetensors"])

@@ -1,0 +1,82 @@
+"""Blocks are as long as makes the most tokens a second, by the costs that were measured or given."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from actors.decoding.cost import StepCost, block_sizes
+from actors.decoding.forward import Forward
+
+KNEE = StepCost({1: {1: 10.0, 64: 10.0, 128: 20.0}})
+
+
+def pace(sizes: tuple[int, ...], chances: list[np.ndarray], cost: StepCost) -> float:
+    """Expected tokens a second."""
+    tokens = len(sizes) + sum(chance[:size].sum() for size, chance in zip(sizes, chances, strict=True))
+    return float(tokens / cost.seconds(len(sizes), sum(sizes))[-1])
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(
+    st.lists(st.lists(st.floats(0.02, 1.0), max_size=4), min_size=1, max_size=4),
+    st.lists(st.floats(0.1, 5.0), min_size=1, max_size=6),
+)
+def test_no_other_blocks_are_faster(chances: list[list[float]], seconds: list[float]) -> None:
+    falling = [np.array(row).cumprod() for row in chances]
+    falling = [row[row >= 0.01] for row in falling]
+    cost = StepCost({1: dict(enumerate(seconds, 1))})
+    sizes = block_sizes(falling, cost)
+    best = max(pace(each, falling, cost) for each in product(*(range(len(row) + 1) for row in falling)))
+    assert pace(tuple(sizes), falling, cost) == pytest.approx(best)
+
+
+def test_below_the_knee_blocks_are_whole_and_beyond_it_they_earn_their_keep() -> None:
+    good, poor = 0.95 ** np.arange(1, 32), 0.3 ** np.arange(1, 32)
+    assert block_sizes([good], KNEE) == [31]
+    assert block_sizes([poor], KNEE) == [3]  # 0.3 ** 4 is not worth a look
+    assert sum(block_sizes([good] * 4 + [poor], KNEE)) + 5 >= 64
+    crowd = block_sizes([good] * 60 + [poor] * 60, StepCost({1: {1: 1.0, 128: 1.5, 256: 2.5}}))
+    assert min(crowd[:60]) > 0
+    assert crowd[60:] == [0] * 60
+
+
+def test_guesses_that_cost_as_much_as_a_token_are_not_made() -> None:
+    steep = StepCost({1: {1: 1.0, 2: 2.0}})
+    assert block_sizes([0.9 ** np.arange(1, 9)] * 5, steep) == [0] * 5
+
+
+def test_rows_without_guesses_have_none() -> None:
+    assert block_sizes([np.empty(0), np.array([0.9]), np.empty(0)], KNEE) == [0, 1, 0]
+
+
+def test_costs_between_and_beyond_what_was_measured() -> None:
+    cost = StepCost({1: {1: 1.0, 5: 3.0}, 4: {4: 2.0, 8: 1.0, 12: 4.0}})
+    assert cost.seconds(1, 6).tolist() == [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]
+    assert cost.seconds(4, 8).tolist()[::4] == [2.0, 2.0, 4.0]  # more is never faster
+    assert cost.seconds(9, 4)[-1] == pytest.approx(4.5)
+    assert cost.seconds(3, 0).tolist() == [pytest.approx(1 / 3 * 2.0 + 2 / 3 * 2.0)]
+
+
+def test_no_row_is_much_longer_than_the_average() -> None:
+    sizes = block_sizes([np.ones(200), *[np.empty(0)] * 31], StepCost({1: {1: 1.0, 1000: 1.0}}))
+    assert 16 <= sizes[0] <= 32
+    assert block_sizes([np.ones(200)], StepCost({1: {1: 1.0, 1000: 1.0}})) == [200]
+
+
+def test_measuring_leaves_no_trace(llama: PreTrainedModel) -> None:
+    forward = Forward(llama)
+    cost = StepCost.measure(forward, 6, block_size=16, max_positions=100)
+    assert list(cost.table) == [1, 6]
+    for rows, curve in cost.table.items():
+        assert min(curve) == rows
+        assert max(curve) <= rows * 16
+        assert all(seconds > 0 for seconds in curve.values())
+    assert forward.cache.slots == forward.cache.capacity == 0
+    assert all(not tensor.numel() for tensor in (*forward.cache.keys, *forward.cache.values))
+    short = StepCost.measure(forward, 1, block_size=16, max_positions=10)
+    assert list(short.table) == [1]
+    assert max(short.table[1]) <= 8
