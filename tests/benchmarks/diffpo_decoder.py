@@ -49,6 +49,9 @@ from tests.benchmarks.drafts import Costs, Tokens, shortest_s, spoil
 OVERLAPS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 ROWS_OF_ONE = 2
 """Rows of the comparison at batch 1, one after the other: twenty runs, of which each overlap is a whole number."""
+MOST_POSITIONS = 1024
+"""Of a forward whose cost is measured; more of them cost as much more as the last ones did."""
+SWEEPS = 3
 SIZES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 4096},
@@ -89,6 +92,8 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.parts) - {"official", "generate", "plot"}:
         raise SystemExit(f"no part is called {unknown.pop()}: they are official, generate and plot")
+    if "plot" in args.parts and args.json is None:
+        raise SystemExit("plot draws what was measured before: name the file with --json")
     torch.set_num_threads(args.threads)
     for dtype in args.dtypes if set(args.parts) - {"plot"} else []:
         subject = random_subject(args, dtype) if args.random else real_subject(args, dtype)
@@ -241,13 +246,13 @@ def against_official(subject: Subject, args: argparse.Namespace, keep: Callable[
 
 
 @torch.inference_mode()
-def step_costs(model: Any, batch: int, block: int, context: int, repeats: int = 5) -> Costs:
+def step_costs(model: Any, batch: int, block: int, context: int) -> Costs:
     """Seconds of a forward and the choice of its tokens, with `context` tokens of each row in the cache.
 
     Up to `batch` positions it is one of so many rows, as when others have ended; beyond it, several of each row.
     """
     forward = Forward(model)
-    forward.cache.resize(batch, context + block, used=0)
+    forward.cache.resize(batch, context + 2 * block, used=0)
 
     def step(rows: int, width: int) -> list[int]:
         logits = forward(0, [[1] * width] * rows, [context] * rows, [width] * rows)
@@ -255,15 +260,15 @@ def step_costs(model: Any, batch: int, block: int, context: int, repeats: int = 
         tokens: list[int] = greedy(logits).tolist()
         return tokens
 
-    shapes = [(1 << n, 1) for n in range(batch.bit_length()) if 1 << n < batch]
-    shapes += [(batch, 1 << n) for n in range(block.bit_length())]
-    times: dict[int, list[float]] = {}
-    for repeat in range(repeats + 1):  # the first warms up
+    shapes = [(1 << n, 1) for n in range(batch.bit_length()) if 1 << n < batch] + [(batch, 1)]
+    widths = [1 << n for n in range(1, block.bit_length() + 1)]  # a prompt may come on top of a block
+    shapes += [(batch, width) for width in widths if batch * width <= MOST_POSITIONS]
+    step(1, 1)  # warm up
+    took: dict[int, list[float]] = {rows * width: [] for rows, width in shapes}
+    for _ in range(SWEEPS):
         for rows, width in shapes:
-            took = seconds(partial(step, rows, width))[0]
-            if repeat:
-                times.setdefault(rows * width, []).append(took)
-    return {total: statistics.median(took) for total, took in times.items()}
+            took[rows * width].append(seconds(partial(step, rows, width))[0])
+    return {total: statistics.median(times) for total, times in took.items()}
 
 
 @torch.inference_mode()
@@ -273,7 +278,7 @@ def prefill_s(model: Any, prompts: Tokens) -> float:
     forward.cache.resize(len(prompts), max(map(len, prompts)), used=0)
     none = [0] * len(prompts)
     run = partial(forward, 0, [prompt[:-1] for prompt in prompts], none, none)
-    return statistics.median(seconds(run)[0] for _ in range(3))
+    return statistics.median(seconds(run)[0] for _ in range(SWEEPS))
 
 
 def against_generate(subject: Subject, args: argparse.Namespace, keep: Callable[..., None]) -> None:

@@ -2,7 +2,6 @@
 
 import random
 from bisect import bisect_left
-from collections.abc import Sequence
 
 RUN = 12
 """Tokens that are right or wrong together."""
@@ -57,10 +56,14 @@ def _seconds(rights: list[list[bool]], costs: Costs, most: int, num_before: int)
 
 
 def cost_of(total: int, costs: Costs) -> float:
-    """Seconds of a forward of `total` positions: on straight lines through what was measured, and beyond it too."""
-    known: Sequence[int] = sorted(costs)
-    if total in costs:
-        return costs[total]
+    """Seconds of a forward of `total` positions: on straight lines through what was measured, and beyond it too.
+
+    What was seen of more positions holds for fewer: padding would do it.
+    """
+    known = sorted(costs)
+    least = {each: min(costs[more] for more in known if more >= each) for each in known}
+    if len(known) == 1:
+        return least[known[0]]
     upper = min(max(bisect_left(known, total), 1), len(known) - 1)
     low, high = known[upper - 1], known[upper]
-    return costs[low] + (costs[high] - costs[low]) * (total - low) / (high - low)
+    return least[low] + (least[high] - least[low]) * (total - low) / (high - low)

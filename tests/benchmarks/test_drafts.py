@@ -51,4 +51,9 @@ def test_no_schedule_without_wrong_guesses_beats_the_oracle(costs: Costs) -> Non
 def test_dear_positions_make_the_oracle_take_shorter_steps() -> None:
     answers = [[1, 2, 3, 4]]
     assert shortest_s(answers, answers, {1: 1.0, 2: 1.0, 3: 9.0}, block=8) == 2.0
-    assert shortest_s(answers, answers, {1: 1.0, 2: 1.0, 3: 9.0}, block=8, num_before=2) == 11.0
+    assert shortest_s(answers, answers, {1: 1.0, 2: 1.0, 3: 9.0}, block=8, num_before=2) == 12.0
+
+
+def test_what_was_seen_of_more_positions_bounds_fewer() -> None:
+    costs = {1: 2.0, 2: 9.0, 4: 3.0, 8: 5.0}
+    assert [cost_of(total, costs) for total in (1, 2, 3, 4, 6, 8, 10)] == [2.0, 3.0, 3.0, 3.0, 4.0, 5.0, 6.0]
