@@ -46,6 +46,7 @@ from actors.engines.torch_model import load_model
 from tests.benchmarks.decode_vs_generate import QUESTIONS, SUBJECTS, generate
 from tests.benchmarks.drafts import Costs, Tokens, shortest_s, spoil
 
+NUM_PROMPTS = len(SUBJECTS) * len(QUESTIONS)  # 96
 OVERLAPS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 ROWS_OF_ONE = 2
 """Rows of the comparison at batch 1, one after the other: twenty runs, of which each overlap is a whole number."""
@@ -95,6 +96,8 @@ def main() -> None:
     if "plot" in args.parts and args.json is None:
         raise SystemExit("plot draws what was measured before: name the file with --json")
     torch.set_num_threads(args.threads)
+    if max(args.batches) > NUM_PROMPTS:
+        raise SystemExit(f"there are {NUM_PROMPTS} prompts: batches must be at most as large")
     for dtype in args.dtypes if set(args.parts) - {"plot"} else []:
         subject = random_subject(args, dtype) if args.random else real_subject(args, dtype)
         for part, measure in (("official", against_official), ("generate", against_generate)):
@@ -120,7 +123,7 @@ def real_subject(args: argparse.Namespace, dtype: str) -> Subject:
     if not args.model.is_dir():
         raise SystemExit(f"no model at {args.model}: give a folder with --model")
     tokenizer = load_tokenizer(str(args.model))
-    questions = [question.format(subject) for subject in SUBJECTS for question in QUESTIONS]  # 96
+    questions = [question.format(subject) for subject in SUBJECTS for question in QUESTIONS]
     ours = load_model(EngineConfig(model=str(args.model), dtype=dtype, device=args.device))
     theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, dtype)).to(ours.device).eval()
     prompts = [encode_prompt(tokenizer, (("user", question),)) for question in questions]
@@ -148,7 +151,7 @@ def random_subject(args: argparse.Namespace, dtype: str) -> Subject:
         return model.eval()
 
     draws = torch.Generator().manual_seed(0)
-    lengths = torch.randint(24, 64, (256,), generator=draws).tolist()
+    lengths = torch.randint(24, 64, (NUM_PROMPTS,), generator=draws).tolist()
     prompts = [torch.randint(3, shape["vocab_size"], (length,), generator=draws).tolist() for length in lengths]
     return Subject(f"random Llama {args.random}", build(ATTENTION), build("sdpa"), prompts)
 
@@ -169,7 +172,10 @@ def now() -> float:
 def decode(
     subject: Subject, prompts: Tokens, max_tokens: int, batch: int, drafts: Tokens | None = None, **settings: Any
 ) -> Tokens:
-    """Our decode loop with `batch` slots, which ends at `max_tokens` alone. Without drafts one token a step."""
+    """Our decode loop with `batch` slots, which ends at `max_tokens` alone. Without drafts one token a step.
+
+    Each run's loop is new: it has not learned yet how good such drafts are.
+    """
     loop = DecodeLoop(Forward(subject.ours), str, eos=(), max_num_seqs=batch, kv_cache_tokens=1 << 20, **settings)
     rows = [
         Row(tuple(prompt), max_tokens, seed=number, draft=drafts[number] if drafts else None)
@@ -239,7 +245,10 @@ def against_official(subject: Subject, args: argparse.Namespace, keep: Callable[
         f" agree {equal(made, want)}/{batch}, official {agree}/{len(ratios)}",
         flush=True,
     )
-    keep(batch=batch, ratio=statistics.median(ratios), tokens_per_s=ours, official=theirs)
+    keep(
+        batch=batch, ratio=statistics.median(ratios), lowest=min(ratios), highest=max(ratios), tokens_per_s=ours,
+        official=theirs, agree=equal(made, want), rows=batch,
+    )  # fmt: skip
 
 
 # --- against generate -----------------------------------------------------------------------------------------------
