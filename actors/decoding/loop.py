@@ -71,7 +71,7 @@ class DecodeLoop:
 
     Args:
         decode: token ids to text, without special tokens.
-        eos: token ids that end a row; guesses end in the first one.
+        eos: token ids that end a row; guesses end in the first one, and a number of iterations needs one.
         stop: strings that end a row.
         block_size: most positions of a row with a draft in one forward.
         max_iterations: None decodes such a row up to the fixed point, which is what greedy decoding makes; a number
@@ -123,23 +123,18 @@ class DecodeLoop:
     def submit(self, row: Row) -> None:
         if self.temperature > 0:
             row.draws = uniforms(row.seed, row.max_tokens)
-        if row.draft is not None:
-            self._begin(row, list(row.draft))
-        self.waiting.append(row)
-
-    def _begin(self, row: Row, draft: list[int]) -> None:
-        if self.max_iterations is not None:
+        draft = list(row.draft or ())
+        guesses = row.draft is not None and self.temperature == 0
+        if guesses and self.max_iterations is not None:
             row.max_tokens = min(row.max_tokens, max(len(draft), self.block_size))
         row.num_reserved = min(row.num_reserved, len(draft), row.max_tokens - 1)
         row.tokens = draft[: row.num_reserved]
-        if self.temperature > 0:
-            return
-        if self.max_iterations is not None:
-            guess = (draft + [self.eos[0]] * row.max_tokens)[row.num_reserved : row.max_tokens]
+        if guesses and self.max_iterations is not None:
+            guess = (draft + self.eos[:1] * row.max_tokens)[row.num_reserved : row.max_tokens]
             row.guesser = Denoiser(guess, self.max_iterations)
-        elif self.block_size > 1:
-            draft += self.eos[:1]
-            row.guesser = Drafter(draft, row.num_reserved, self._drafts, self._predictions)
+        elif guesses and self.block_size > 1:
+            row.guesser = Drafter(draft + self.eos[:1], row.num_reserved, self._drafts, self._predictions)
+        self.waiting.append(row)
 
     @torch.inference_mode()
     def cancel(self, row: Row) -> None:

@@ -218,7 +218,7 @@ def test_a_draft_changes_the_forwards_and_not_the_answer(
 
 def test_without_a_draft_only_a_parallel_decoder_guesses(llama_folder: Path, plain: list[Completion]) -> None:
     requests = [chat(i) for i in range(10)]
-    assert drafting(llama_folder, requests, decoder="auto") == plain
+    assert drafting(llama_folder, requests, decoder="auto", num_reserved=3) == plain
     made = drafting(llama_folder, requests, decoder="parallel", block_size=8)
     assert [each.text for each in made] == [each.text for each in plain]
     assert all(each.iterations is not None for each in made)
