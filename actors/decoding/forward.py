@@ -237,8 +237,8 @@ class Forward:
         ids, slots, positions, *rest = torch.split(packed, [len(each) for each in host])
         layout = Layout(rows, width, rest[0] if ragged else None, rest[1] if ragged else None)
         length = max(start + len(row) for start, row in zip(starts, tokens, strict=True))
-        # Rows of equal shape need no mask: fresh ones are causal from 0 on, one position at the end sees all.
-        plain = not ragged and min(starts) == max(starts) and (width == 1 or starts[0] == 0)
+        # Two shapes need no mask: fresh rows are causal from 0 on, and one position at the same end of each sees all.
+        plain = max(starts) == 0 or (width == 1 and not ragged and min(starts) == max(starts))
         binds = self.slides and self.window is not None and length > self.window
         mask: Tensor | dict[str, Tensor | None] | None = None
         if not plain or binds:
