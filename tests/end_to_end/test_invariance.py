@@ -88,8 +88,7 @@ def test_pools_with_gpus_are_given_them(ray_head: RayHead) -> None:
         for actor in found
         if "Stage" in actor["class_name"] and "GPU" in actor["required_resources"]
     ]
-    assert len(gpus) >= 3  # a policy replica and two aligners
-    assert set(gpus) == {1.0}
+    assert gpus.count(1.0) >= 3  # a policy replica and two aligners
 
 
 def test_rows_differ_from_each_other(reference: Reference) -> None:

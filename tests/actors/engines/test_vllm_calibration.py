@@ -97,7 +97,7 @@ def test_engines_that_start_together_measure_once() -> None:
 
 
 def config_of(folder: Path, **settings: Any) -> DraftingConfig:
-    return DraftingConfig(engine="vllm", model=str(folder), **settings)
+    return DraftingConfig(**{"engine": "vllm", "model": str(folder), "max_num_seqs": 8, **settings})
 
 
 PLAIN: Any = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512, get_vocab_size=lambda: 512))
@@ -129,6 +129,7 @@ def test_auto_is_greedy_where_vllm_does_not_start_with_a_proposer(
         ({"decoder": "greedy"}, 0),
         ({"decoder": "auto", "temperature": 0.5}, 0),
         ({"decoder": "auto", "block_size": 1}, 0),
+        ({"decoder": "auto", "max_num_seqs": vllm_engine.AUTO_MAX_SEQS + 1}, 0),
         ({"decoder": "auto", "engine_kwargs": {"speculative_config": {"method": "ngram"}}}, 0),
         ({"decoder": "parallel"}, MAX_GUESSES),
         ({"decoder": "parallel", "block_size": 9}, 8),
