@@ -78,10 +78,11 @@ def print_summary(config: AlignCorpusConfig, output: Storage, plan: Plan, publis
         say(f"error: {published.withheld}")
         return
     found = manifests(output)
+    partitions = "1 partition" if len(found) == 1 else f"{len(found)} partitions"
     new = [manifest for manifest in found if manifest["number"] in published.partitions]
     if not new:
         num_rows = sum(manifest["num_ok"] for manifest in found)
-        print(f"nothing new: {num_rows} rows in {len(found)} partitions at {output.url}/corpus")
+        print(f"nothing new: {num_rows} rows in {partitions} at {output.url}/corpus")
         return
     for manifest in new:
         causes = ", ".join(f"{count} {cause}" for cause, count in sorted(manifest["causes"].items()))
@@ -89,7 +90,7 @@ def print_summary(config: AlignCorpusConfig, output: Storage, plan: Plan, publis
             f"published: run={manifest['number']:06d}: {manifest['num_rows']} rows in = {manifest['num_ok']} ok + "
             f"{manifest['num_quarantined']} quarantined{f' ({causes})' if causes else ''}"
         )
-    print(f"corpus: {output.url}/corpus ({sum(each['num_ok'] for each in found)} rows in {len(found)} partitions)")
+    print(f"corpus: {output.url}/corpus ({sum(each['num_ok'] for each in found)} rows in {partitions})")
     for note in notes(config):
         print(f"note: {note}")
     for manifest in new[-1:]:

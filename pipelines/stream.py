@@ -92,7 +92,8 @@ def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan
             if told is None:
                 raise
             raise told from None
-    totals, running_s, seconds = read_board(board), ray.get(board.running_s.remote()), time.monotonic() - started
+    found, running_s, seconds = read_board(board), ray.get(board.running_s.remote()), time.monotonic() - started
+    totals = {name: found[name] for name in asks if name in found}
     report.print_throughput(totals, tally, seconds)
     if running_s and totals.keys() == asks.keys():  # or the board was lost on the way, with what it knew
         each = {
