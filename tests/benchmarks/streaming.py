@@ -114,10 +114,11 @@ def overlap(num_units: int, sleep_s: float) -> None:
         seconds = run_job(Path(name), num_units, policy, aligner, "site.ray_address=local")
         both = aligner.answered_at[-1] - policy.asked_at[0]
     least = num_units * sleep_s / UNITS_IN_FLIGHT
+    told = f"target 1.1: {'met' if both <= 1.1 * alone else 'missed'}"
     print(
-        f"overlap: {num_units} units, {sleep_s:g} s in either pool, from the first prompt to the last answer: {both:.1f} s "
-        f"by both, {alone:.1f} s by one pool alone, {least:.0f} s asleep: {both / alone:.3f}x of one pool, target 1.1: "
-        f"{'met' if both <= 1.1 * alone else 'missed'}; {both / least:.3f}x of the sleep; {seconds:.0f} s with start-up",
+        f"overlap: {num_units} units, {sleep_s:g} s in either pool, from the first prompt to the last answer: "
+        f"{both:.1f} s by both, {alone:.1f} s by one pool alone, {least:.0f} s asleep: {both / alone:.3f}x of one pool, "
+        f"{told}; {both / least:.3f}x of the sleep; {seconds:.0f} s with start-up",
         flush=True,
     )
 
