@@ -73,7 +73,7 @@ def job(folder: Path, arguments: argparse.Namespace, aligner: list[str]) -> tupl
         table = pq.read_table(path)
         facts = json.loads(table.schema.metadata[b"burnish.unit"])
         rows.append((facts["committed_at"], table.num_rows))
-        tokens.append(sum(row[0]["num_tokens"] for row in table["responses"].to_pylist() if row))
+        tokens.append(sum(row[0]["num_tokens"] or 0 for row in table["responses"].to_pylist() if row))
     return rows, seconds, tokens
 
 

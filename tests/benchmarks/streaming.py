@@ -117,7 +117,7 @@ def overlap(num_units: int, sleep_s: float) -> None:
     told = f"target 1.1: {'met' if both <= 1.1 * alone else 'missed'}"
     print(
         f"overlap: {num_units} units, {sleep_s:g} s in either pool, from the first prompt to the last answer: "
-        f"{both:.1f} s by both, {alone:.1f} s by one pool alone, {least:.0f} s asleep: {both / alone:.3f}x of one pool, "
+        f"{both:.1f} s by both, {alone:.1f} s by one pool alone, {least:.0f} s asleep: {both / alone:.3f}x of one, "
         f"{told}; {both / least:.3f}x of the sleep; {seconds:.0f} s with start-up",
         flush=True,
     )
