@@ -18,6 +18,11 @@ def uniforms(seed: int, count: int) -> np.ndarray:
     return (words >> np.uint64(11)) * 2.0**-53
 
 
+def reserved(seed: int, most: int, random: bool) -> int:
+    """How many leading tokens of a draft a row keeps: `most` of them, or 0 to `most` as its seed has it."""
+    return int(uniforms(seed, 1)[0] * (most + 1)) if random else most
+
+
 def greedy(logits: Tensor) -> Tensor:
     """The first of the most likely tokens: [positions, vocabulary] to int64 [positions], on the device."""
     return logits.max(-1).indices  # 4 times as fast as argmax in bfloat16

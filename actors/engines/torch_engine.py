@@ -17,7 +17,7 @@ from actors.decoding.cost import CONTEXT, StepCost
 from actors.decoding.forward import Forward
 from actors.decoding.loop import DecodeLoop, Row
 from actors.decoding.mirror import MirroredForward
-from actors.decoding.sampling import uniforms
+from actors.decoding.sampling import reserved
 from actors.engines.base import Completion, DraftingConfig, EngineConfig, EngineStats, Request
 from actors.engines.footprint import longest
 from actors.engines.prompts import check_room, encode_draft, encode_prompt, end_of_turn, load_tokenizer
@@ -127,8 +127,7 @@ class TorchEngine:
     def _num_reserved(self, request: Request) -> int:
         if self._drafting is None:
             return 0
-        most = self._drafting.num_reserved
-        return int(uniforms(request.seed, 1)[0] * (most + 1)) if self._drafting.random_reserved else most
+        return reserved(request.seed, self._drafting.num_reserved, self._drafting.random_reserved)
 
     def stats(self) -> EngineStats:
         with self._state:

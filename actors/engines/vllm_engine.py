@@ -22,7 +22,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor import Executor
 
 from actors.contract import ConfigError, RowError
-from actors.decoding.sampling import uniforms
+from actors.decoding import sampling
 from actors.engines.base import Completion, DraftingConfig, EngineConfig, EngineStats, Request
 from actors.engines.identity import identity
 from actors.engines.process import end_group_with_this_process
@@ -124,9 +124,7 @@ class VllmEngine:
         if self._drafts is None and not config.num_reserved:
             return [], []
         tokens = encode_draft(self._tokenizer, request.draft)
-        num = config.num_reserved
-        if config.random_reserved:
-            num = int(uniforms(request.seed, 1)[0] * (num + 1))
+        num = sampling.reserved(request.seed, config.num_reserved, config.random_reserved)
         num = min(num, config.max_tokens - 1)  # they count among the answer's tokens, of which at least one is made
         known = itertools.takewhile(lambda token: token < self._num_words, [*tokens[num:], *self._ends])
         return tokens[:num], list(known)

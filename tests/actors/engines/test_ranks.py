@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from actors.engines.hosted import HostedEngine
 from actors.engines.process import EngineDied
 from actors.engines.torch_engine import TorchEngine
 from actors.engines.torch_model import check_shards, load_model
+from tests.processes import assert_gone
 
 ROOT = Path(__file__).parents[3]
 TIMEOUT = 120  # seconds; a hang fails instead of stalling the suite
@@ -72,21 +72,6 @@ def family_of(engine: HostedEngine) -> list[psutil.Process]:
 def follower_of(engine: HostedEngine) -> psutil.Process:
     (follower,) = [child for child in psutil.Process(engine.pid).children() if "follow(" in child.cmdline()[-1]]
     return follower
-
-
-def assert_gone(processes: list[psutil.Process]) -> None:
-    """Fails when one of them is alive after some seconds."""
-    deadline = time.monotonic() + 10
-    while alive := [process for process in processes if is_alive(process)]:
-        assert time.monotonic() < deadline, alive
-        time.sleep(0.05)
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def make_requests(count: int) -> list[Request]:

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from actors.engines import build_engine
 from actors.engines.base import EngineConfig, Request
 from actors.engines.hosted import HostedEngine
 from actors.engines.torch_engine import TorchEngine
+from tests.processes import assert_gone
 from tests.tiny_models import CHAT_TEMPLATE, build_tiny_llama
 
 ROOT = Path(__file__).parents[3]
@@ -71,21 +71,6 @@ def hosted(config: EngineConfig) -> Iterator[HostedEngine]:
     assert len(processes) >= 4  # itself, its watch, the core, the core's worker
     engine.close()
     assert_gone(processes)
-
-
-def assert_gone(processes: list[psutil.Process]) -> None:
-    """Fails when one of them is alive after some seconds."""
-    deadline = time.monotonic() + 10
-    while alive := [process for process in processes if is_alive(process)]:
-        assert time.monotonic() < deadline, alive
-        time.sleep(0.05)
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def said(word: str, lines: Iterable[str]) -> Iterator[Any]:

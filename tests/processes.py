@@ -1,0 +1,20 @@
+"""Whether processes that should have ended have."""
+
+import time
+
+import psutil
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    """Fails when one of them is alive after some seconds."""
+    deadline = time.monotonic() + 10
+    while alive := [process for process in processes if is_alive(process)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
