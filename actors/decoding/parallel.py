@@ -36,10 +36,12 @@ class Record:
         self.parent = parent
         self.num_tried = [0] * len(PRIOR)
         self.num_right = [0] * len(PRIOR)
+        self._known: list[float] | None = None  # chances, until a note changes them
 
     def note(self, run: int, right: bool) -> None:
         self.num_tried[run] += 1
         self.num_right[run] += right
+        self._known = None
         if self.parent is not None:
             self.parent.note(run, right)
 
@@ -52,11 +54,14 @@ class Record:
         return survival.cumprod(out=survival)
 
     def _chances(self) -> list[float]:
+        if self._known is not None and self.parent is None:  # what all rows ask for, between two steps of theirs
+            return self._known
         prior = PRIOR if self.parent is None else self.parent._chances()
-        return [
+        self._known = [
             (right + PRIOR_WEIGHT * chance) / (tried + PRIOR_WEIGHT)
             for right, tried, chance in zip(self.num_right, self.num_tried, prior, strict=True)
         ]
+        return self._known
 
 
 class Guesser(Protocol):

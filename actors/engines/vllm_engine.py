@@ -191,6 +191,7 @@ class VllmEngine:
             seed=seed,
             max_tokens=config.max_tokens - num_reserved,
             stop=list(config.stop),
+            detokenize=bool(config.stop),  # token by token, and not for `_text`: only where vLLM must find a stop
             stop_token_ids=[] if self._end_of_turn is None else [self._end_of_turn],
             output_kind=RequestOutputKind.DELTA,
         )

@@ -5,8 +5,9 @@
 bare: tokens/s of the policy pool inside a job (its aligner costs nothing) over those of the same requests on a bare
 AsyncLLM with the same engine arguments. chain: rows/s of policy -> aligner as one job over those of two chained
 processors of `ray.data.llm`, with the same model, prompts and engine settings; steady, and with start-up counted.
-Every engine has the same KV cache and as many threads as the cores leave it, on either side. The two sides take turns;
-the median of the ratios is printed with its range. --model tiny is a random Llama of 2.6 M parameters that is made on
+Every engine has the same KV cache and the same share of all cores but one, on either side: a thread that is pushed off
+its core by what is around the engine keeps the engine's others waiting. The two sides take turns; the median of the
+ratios is printed with its range. --model tiny is a random Llama of 2.6 M parameters that is made on
 the spot.
 """
 
@@ -78,8 +79,8 @@ def job(folder: Path, arguments: argparse.Namespace, aligner: list[str]) -> tupl
 
 
 def threads(num_engines: int) -> int:
-    """Of each of so many engines on this machine."""
-    return max(1, (os.cpu_count() or 1) // num_engines)
+    """Of each of so many engines on this machine; one core is left to the processes around them."""
+    return max(1, ((os.cpu_count() or 1) - 1) // num_engines)
 
 
 def run(command: list[str]) -> float:
