@@ -112,7 +112,7 @@ def test_a_mistake_that_only_an_actor_can_find_is_one_line_too(
 ) -> None:
     speechless = tmp_path / "speechless"
     shutil.copytree(tiny_llama, speechless, ignore=shutil.ignore_patterns("tokenizer*"))
-    pool = [*tiny_pool("policy", speechless), "aligner=identity"]
+    pool = [*tiny_pool("policy", speechless), "aligner=identity", "site.log_every_s=600"]
     completed = command_line.run(f"input.path={prompts}", f"output.root={tmp_path / 'output'}", *pool)
     completed.expect(2)
     (line,) = completed.errors
