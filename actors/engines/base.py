@@ -151,8 +151,10 @@ class DraftingConfig(EngineConfig):
                 )
         if self.decoder == "parallel" and self.engine not in ("torch", "vllm"):
             raise ConfigError(f"decoder=parallel has no effect with engine={self.engine}: it is for torch and vllm")
-        if self.temperature > 0 and (self.decoder == "parallel" or self.max_iterations is not None):
-            raise ConfigError("a parallel decoder is greedy: set temperature to 0, or decoder to greedy")
+        if self.temperature > 0 and self.max_iterations is not None:
+            raise ConfigError(f"max_iterations decodes greedily: temperature must be 0, got {self.temperature:g}")
+        if self.temperature > 0 and self.decoder == "parallel":
+            raise ConfigError("decoder=parallel decodes greedily: set temperature to 0, or decoder to auto")
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ class RecipeConfig:
             try:
                 template = Path(template).read_text("utf-8")
             except (OSError, ValueError) as error:
-                raise ConfigError(f"template {template!r} cannot be read: {type(error).__name__}") from None
+                why = getattr(error, "strerror", None) or error
+                raise ConfigError(f"template {template!r} cannot be read: {why}") from None
             object.__setattr__(self, "template", template)
         if template is not None:
             correction.check_template(template)

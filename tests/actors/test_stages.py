@@ -298,9 +298,17 @@ def test_stored_answers_stay_as_they_are_whatever_the_recipe(engine: Scripted) -
             {"recipe": "diffpo", "random_reserved": True},
             "random_reserved draws from 0 to num_reserved: set num_reserved to 1 or more",
         ),
+        (
+            {"recipe": "diffpo", "max_iterations": 3, "temperature": 0.7},
+            "max_iterations decodes greedily: temperature must be 0, got 0.7",
+        ),
+        (
+            {"decoder": "parallel", "temperature": 0.7},
+            "decoder=parallel decodes greedily: set temperature to 0, or decoder to auto",
+        ),
     ],
 )
-def test_keys_of_diffpo_that_would_have_no_effect_are_refused(keys: dict[str, Any], told: str) -> None:
+def test_keys_of_a_decoder_that_would_have_no_effect_are_refused(keys: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError) as error:
         AlignerConfig(model="a", **keys)
     assert str(error.value) == told

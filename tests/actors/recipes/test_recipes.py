@@ -85,7 +85,7 @@ def test_prompts_and_answers_are_never_evaluated(recipe: str) -> None:
         ("{{ answer }}{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ answer }}{{ [1, 2] | random }}", "random"),
         ("{{ answer }}{{ lipsum() }}", "unknown lipsum"),
-        ("missing.jinja", "cannot be read"),
+        ("missing.jinja", "cannot be read: No such file or directory"),
     ],
 )
 def test_a_bad_template_is_refused_in_one_line(template: str, told: str) -> None:
