@@ -28,7 +28,15 @@ from actors.decoding.stopping import until_stop
 from actors.engines.base import Completion, DraftingConfig, EngineConfig, EngineStats, Request
 from actors.engines.identity import identity
 from actors.engines.process import end_group_with_this_process
-from actors.engines.prompts import check_room, encode_draft, encode_prompt, end_of_turn, load_tokenizer
+from actors.engines.prompts import (
+    before_unknown,
+    check_room,
+    check_words,
+    encode_draft,
+    encode_prompt,
+    end_of_turn,
+    load_tokenizer,
+)
 from actors.engines.vllm_calibration import calibrated, measure
 from actors.engines.vllm_drafts import MAX_GUESSES, Costs, DraftFolder, DraftProposer, Outcome
 
@@ -94,9 +102,7 @@ class VllmEngine:
         prompt = encode_prompt(self._tokenizer, request.prompt)
         check_room(prompt, self._config.max_tokens, self._limit)
         reserved, draft = self._draft(request)
-        greatest = max([*prompt, *reserved])
-        if greatest >= self._num_words:  # vLLM would let it through where the tokenizer knows it, and die of it
-            raise RowError("rejected_by_engine", f"token {greatest} is not one of the model's {self._num_words}")
+        check_words([*prompt, *reserved], self._num_words)  # vLLM would let it through, and die of it
         try:
             if self._drafts is None or not draft:
                 return await self._make(prompt, reserved, request.seed, Outcome(None))
@@ -128,8 +134,7 @@ class VllmEngine:
         tokens = encode_draft(self._tokenizer, request.draft)
         num = sampling.reserved(request.seed, config.num_reserved, config.random_reserved)
         num = min(num, config.max_tokens - 1)  # they count among the answer's tokens, of which at least one is made
-        known = itertools.takewhile(lambda token: token < self._num_words, [*tokens[num:], *self._ends])
-        return tokens[:num], list(known)
+        return tokens[:num], before_unknown([*tokens[num:], *self._ends], self._num_words)
 
     async def _make(self, prompt: list[int], reserved: list[int], seed: int, outcome: Outcome) -> Completion:
         tokens: list[int] = []
