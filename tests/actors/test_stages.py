@@ -298,6 +298,23 @@ def test_stored_answers_stay_as_they_are_whatever_the_recipe(engine: Scripted) -
             {"recipe": "diffpo", "random_reserved": True},
             "random_reserved draws from 0 to num_reserved: set num_reserved to 1 or more",
         ),
+        (
+            {"recipe": "diffpo", "engine": "vllm", "max_iterations": 6},
+            "max_iterations=6 needs engine=torch: vllm can only decode until nothing changes; set max_iterations to "
+            "null",
+        ),
+        (
+            {"recipe": "diffpo", "decoder": "greedy", "max_iterations": 6},
+            "max_iterations needs a parallel decoder: set decoder to auto, or max_iterations to null",
+        ),
+        (
+            {"decoder": "parallel", "engine": "openai"},
+            "decoder=parallel has no effect with engine=openai: it is for torch and vllm",
+        ),
+        (
+            {"decoder": "parallel", "temperature": 0.7},
+            "a parallel decoder is greedy: set temperature to 0, or decoder to greedy",
+        ),
     ],
 )
 def test_keys_of_diffpo_that_would_have_no_effect_are_refused(keys: dict[str, Any], told: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from actors.contract import ConfigError, RowError
+from actors.decoding.cost import StepCost
 from actors.engines.base import Completion, DraftingConfig, EngineConfig, Request
 from actors.engines.prompts import load_tokenizer
 from actors.engines.torch_engine import TorchEngine
@@ -215,6 +216,36 @@ def test_a_draft_changes_the_forwards_and_not_the_answer(
     else:
         assert all(each.iterations + each.accepted >= each.num_tokens for each in made)
         assert decoder == "auto" or sum(each.iterations for each in made) < sum(each.num_tokens for each in made)
+
+
+@pytest.mark.parametrize(
+    ("settings", "seconds_of_two"),
+    [
+        ({}, 1.0),  # guesses are free
+        ({}, 2.0),  # none is worth its position
+        ({"decoder": "parallel"}, None),
+        ({"decoder": "greedy"}, None),
+        ({"block_size": 1}, None),
+        ({"max_iterations": 2}, None),
+        ({"temperature": 0.8}, None),
+    ],
+)
+def test_auto_alone_guesses_by_the_costs_that_it_measures(
+    llama_folder: Path,
+    plain: list[Completion],
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    seconds_of_two: float | None,
+) -> None:
+    def measure(*_: Any, **__: Any) -> StepCost:
+        assert seconds_of_two is not None
+        return StepCost({1: {1: 1.0, 2: seconds_of_two}})
+
+    monkeypatch.setattr(StepCost, "measure", measure)
+    made = drafting(llama_folder, with_drafts([made.text for made in plain]), **({"block_size": 8} | settings))
+    if seconds_of_two is not None:
+        assert [each.text for each in made] == [each.text for each in plain]
+        assert (sum(each.accepted or 0 for each in made) > 0) == (seconds_of_two == 1.0)
 
 
 def test_without_a_draft_only_a_parallel_decoder_guesses(llama_folder: Path, plain: list[Completion]) -> None:
