@@ -12,6 +12,7 @@ from actors.decoding.cost import StepCost, block_sizes
 from actors.decoding.forward import STEP_TOKENS, Forward
 from actors.decoding.parallel import Denoiser, Drafter, Guesser, Record
 from actors.decoding.sampling import draw, greedy, uniforms
+from actors.decoding.stopping import cut
 
 GRAIN = 64  # tokens; a row's share of the cache is rounded up to it, so that few sizes occur
 PREFILL_TOKENS = 8192  # most cells, rows x longest, of one prefill; bounds its activations
@@ -72,7 +73,7 @@ class DecodeLoop:
     Args:
         decode: token ids to text, without special tokens.
         eos: token ids that end a row; guesses end in the first one, and a number of iterations needs one.
-        stop: strings that end a row.
+        stop: strings that end a row, wherever in its answer they begin.
         block_size: most positions of a row with a draft in one forward.
         max_iterations: None decodes such a row up to the fixed point, which is what greedy decoding makes; a number
             iterates that often over its draft, filled up to `block_size`. Both need a temperature of 0.
@@ -210,29 +211,28 @@ class DecodeLoop:
 
     def _extend(self, row: Row, token: int) -> None:
         """Append one token and end the row if it is time to."""
+        if len(row.tokens) == row.num_reserved and self._ends_in_stop(row, row.num_reserved):
+            return  # what was reserved holds a stop string already
         if token in self.eos:
             row.finish_reason = "stop"
         else:
             row.tokens.append(token)
             self.num_tokens += 1
-            if self._ends_in_stop(row):
+            if self._ends_in_stop(row, self._tail):
                 return
             if len(row.tokens) == row.max_tokens:
                 row.finish_reason = "length"
         if row.finish_reason:
             row.text = self.decode(row.tokens)
 
-    def _ends_in_stop(self, row: Row) -> bool:
-        if not self.stop:
+    def _ends_in_stop(self, row: Row, num_new: int) -> bool:
+        """Whether a stop string that ends among the row's last `num_new` tokens has ended it."""
+        if not self.stop or cut(self.decode(row.tokens[len(row.tokens) - num_new :]), self.stop) is None:
             return False
-        tail = self.decode(row.tokens[-self._tail :])
-        if not any(text in tail for text in self.stop):
+        text = cut(self.decode(row.tokens), self.stop)
+        if text is None:  # a tail decoded alone may differ from the whole at its first character
             return False
-        whole = self.decode(row.tokens)
-        cuts = [at for text in self.stop if (at := whole.find(text)) >= 0]
-        if not cuts:  # a tail decoded alone may differ from the whole at its first character
-            return False
-        row.text, row.finish_reason = whole[: min(cuts)], "stop"
+        row.text, row.finish_reason = text, "stop"
         return True
 
     def _release(self, gone: set[Row]) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from itertools import takewhile
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -83,6 +84,17 @@ def check_room(ids: list[int], max_tokens: int, limit: int) -> None:
     if len(ids) + max_tokens > limit:
         message = f"{len(ids)} prompt tokens + {max_tokens} max_tokens exceed the model's {limit}"
         raise RowError("prompt_too_long", message)
+
+
+def check_words(ids: list[int], num_words: int) -> None:
+    """Raises RowError `rejected_by_engine` for a token that the tokenizer knows and the model, of so many, does not."""
+    if max(ids, default=0) >= num_words:
+        raise RowError("rejected_by_engine", f"token {max(ids)} is not one of the model's {num_words}")
+
+
+def before_unknown(draft: Iterable[int], num_words: int) -> list[int]:
+    """A draft up to the first token that the model does not know, and so can neither read nor say."""
+    return list(takewhile(lambda token: token < num_words, draft))
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

@@ -20,7 +20,15 @@ from actors.decoding.mirror import MirroredForward
 from actors.decoding.sampling import reserved
 from actors.engines.base import Completion, DraftingConfig, EngineConfig, EngineStats, Request
 from actors.engines.footprint import longest
-from actors.engines.prompts import check_room, encode_draft, encode_prompt, end_of_turn, load_tokenizer
+from actors.engines.prompts import (
+    before_unknown,
+    check_room,
+    check_words,
+    encode_draft,
+    encode_prompt,
+    end_of_turn,
+    load_tokenizer,
+)
 from actors.engines.ranks import Followers
 from actors.engines.torch_model import check_shards, load_model, load_shard
 
@@ -47,6 +55,7 @@ class TorchEngine:
             model = load_shard(config, 0, followers.store)
             forward = MirroredForward(model, followers.tell)
         self._limit = longest(model.config, config.max_model_len)
+        self._num_words: int = model.config.get_text_config(decoder=True).vocab_size
         eos = _eos(model, self._tokenizer)
         # Without a drafting config a row's draft, where there is one, is nobody's.
         self._drafting = config if isinstance(config, DraftingConfig) else None
@@ -81,7 +90,7 @@ class TorchEngine:
         """Make one candidate.
 
         Raises:
-            RowError: `prompt_too_long`, `empty_prompt`, or the causes of `encode_prompt`.
+            RowError: `prompt_too_long`, `empty_prompt`, `rejected_by_engine`, or the causes of `encode_prompt`.
             ConfigError: a chat for a model without a chat template.
             BaseException: what ended the decoding thread, now or earlier; RuntimeError after `close`.
         """
@@ -90,7 +99,12 @@ class TorchEngine:
             draft = self._draft(request)
         max_tokens = self.config.max_tokens
         check_room(prompt, max_tokens, self._limit)
-        row = Row(tuple(prompt), max_tokens, request.seed, draft, self._num_reserved(request))
+        num_reserved = self._num_reserved(request)
+        if draft is not None:
+            check_words(draft[:num_reserved], self._num_words)
+            draft = before_unknown(draft, self._num_words)
+        check_words(prompt, self._num_words)
+        row = Row(tuple(prompt), max_tokens, request.seed, draft, num_reserved)
         caller = asyncio.get_running_loop()
         future: asyncio.Future[None] = caller.create_future()
         with self._state:

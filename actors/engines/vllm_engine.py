@@ -1,5 +1,6 @@
 """The `vllm` engine: vLLM's AsyncLLM, whose engine core is a process below this one."""
 
+import contextlib
 import copy
 import difflib
 import itertools
@@ -23,10 +24,19 @@ from vllm.v1.executor import Executor
 
 from actors.contract import ConfigError, RowError
 from actors.decoding import sampling
+from actors.decoding.stopping import until_stop
 from actors.engines.base import Completion, DraftingConfig, EngineConfig, EngineStats, Request
 from actors.engines.identity import identity
 from actors.engines.process import end_group_with_this_process
-from actors.engines.prompts import check_room, encode_draft, encode_prompt, end_of_turn, load_tokenizer
+from actors.engines.prompts import (
+    before_unknown,
+    check_room,
+    check_words,
+    encode_draft,
+    encode_prompt,
+    end_of_turn,
+    load_tokenizer,
+)
 from actors.engines.vllm_calibration import calibrated, measure
 from actors.engines.vllm_drafts import MAX_GUESSES, Costs, DraftFolder, DraftProposer, Outcome
 
@@ -92,9 +102,7 @@ class VllmEngine:
         prompt = encode_prompt(self._tokenizer, request.prompt)
         check_room(prompt, self._config.max_tokens, self._limit)
         reserved, draft = self._draft(request)
-        greatest = max([*prompt, *reserved])
-        if greatest >= self._num_words:  # vLLM would let it through where the tokenizer knows it, and die of it
-            raise RowError("rejected_by_engine", f"token {greatest} is not one of the model's {self._num_words}")
+        check_words([*prompt, *reserved], self._num_words)  # vLLM would let it through, and die of it
         try:
             if self._drafts is None or not draft:
                 return await self._make(prompt, reserved, request.seed, Outcome(None))
@@ -126,58 +134,49 @@ class VllmEngine:
         tokens = encode_draft(self._tokenizer, request.draft)
         num = sampling.reserved(request.seed, config.num_reserved, config.random_reserved)
         num = min(num, config.max_tokens - 1)  # they count among the answer's tokens, of which at least one is made
-        known = itertools.takewhile(lambda token: token < self._num_words, [*tokens[num:], *self._ends])
-        return tokens[:num], list(known)
+        return tokens[:num], before_unknown([*tokens[num:], *self._ends], self._num_words)
 
     async def _make(self, prompt: list[int], reserved: list[int], seed: int, outcome: Outcome) -> Completion:
         tokens: list[int] = []
         text = ""
-        finish_reason = stop_reason = None
+        finish_reason = stop_reason = end = None
         self._num_waiting += 1
         try:
             whole = tokens_input([*prompt, *reserved])
             made = self._llm.generate(whole, self._sampling(seed, len(reserved)), str(next(self._names)))
-            async for output in made:
-                (part,) = output.outputs
-                if not tokens:
-                    self._num_waiting -= 1
-                    self._num_running += 1
-                tokens += part.token_ids
-                text += part.text
-                self._num_tokens += len(part.token_ids)
-                finish_reason, stop_reason = part.finish_reason, part.stop_reason
+            async with contextlib.aclosing(made):
+                async for output in made:
+                    (part,) = output.outputs
+                    if not tokens:
+                        self._num_waiting -= 1
+                        self._num_running += 1
+                    tokens += part.token_ids
+                    text += part.text
+                    self._num_tokens += len(part.token_ids)
+                    finish_reason, stop_reason = part.finish_reason, part.stop_reason
+                    # vLLM sees no stop string that begins in what it takes for the prompt. And where it sees one, the
+                    # last step's guesses may have gone on behind it.
+                    if reserved or isinstance(stop_reason, str):
+                        end = until_stop(self._decode, reserved, tokens, self._config.stop)
+                        if end is not None and finish_reason is None:
+                            break  # which aborts the request
         finally:
             if tokens:
                 self._num_running -= 1
             else:
                 self._num_waiting -= 1
-        if finish_reason not in ("stop", "length"):
+        if end is not None:
+            finish_reason, (num, answer) = "stop", end
+        elif finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vllm ended a request with finish_reason {finish_reason!r}")
-        if finish_reason == "stop" and not isinstance(stop_reason, str):  # null or the number of a token that ends
-            tokens.pop()
-            self._num_tokens -= 1
-        if isinstance(stop_reason, str):
-            num_behind = len(tokens) - self._num_until_stop(reserved, tokens)
-            self._num_tokens -= num_behind
-            del tokens[len(tokens) - num_behind :]
-        iterations, accepted = outcome.counts(len(tokens))
-        answer = self._text(reserved, tokens, text, stop_reason)
-        return Completion(answer, finish_reason, len(prompt), len(tokens), iterations=iterations, accepted=accepted)
-
-    def _num_until_stop(self, reserved: list[int], tokens: list[int]) -> int:
-        """How many tokens it took to the first stop string: the last step's guesses may have gone on behind it."""
-        num = len(tokens)
-        while num > 1 and any(stop in self._decode([*reserved, *tokens[: num - 1]]) for stop in self._config.stop):
-            num -= 1
-        return num
-
-    def _text(self, reserved: list[int], tokens: list[int], streamed: str, stop_reason: int | str | None) -> str:
-        """The answer's text as the `torch` engine has it: vLLM's own drops a character that was cut at the end."""
-        whole = self._decode([*reserved, *tokens])
-        if not isinstance(stop_reason, str):
-            return whole
-        cuts = [at for stop in self._config.stop if (at := whole.find(stop)) >= 0]
-        return whole[: min(cuts)] if cuts else self._decode(reserved) + streamed
+        elif isinstance(stop_reason, str):
+            num, answer = len(tokens), self._decode(reserved) + text
+        else:  # `text` lacks a character that was cut at the end; null or the number of a token that ends
+            num = len(tokens) - (finish_reason == "stop")
+            answer = self._decode([*reserved, *tokens[:num]])
+        self._num_tokens -= len(tokens) - num
+        iterations, accepted = outcome.counts(num)
+        return Completion(answer, finish_reason, len(prompt), num, iterations=iterations, accepted=accepted)
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -191,7 +190,7 @@ class VllmEngine:
             seed=seed,
             max_tokens=config.max_tokens - num_reserved,
             stop=list(config.stop),
-            detokenize=bool(config.stop),  # token by token, and not for `_text`: only where vLLM must find a stop
+            detokenize=bool(config.stop),  # token by token, and for no text that is kept: only to find a stop
             stop_token_ids=[] if self._end_of_turn is None else [self._end_of_turn],
             output_kind=RequestOutputKind.DELTA,
         )

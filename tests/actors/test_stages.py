@@ -303,6 +303,19 @@ def test_stored_answers_stay_as_they_are_whatever_the_recipe(engine: Scripted) -
             "max_iterations decodes greedily: temperature must be 0, got 0.7",
         ),
         (
+            {"recipe": "diffpo", "engine": "vllm", "max_iterations": 6},
+            "max_iterations=6 needs engine=torch: vllm can only decode until nothing changes; set max_iterations to "
+            "null",
+        ),
+        (
+            {"recipe": "diffpo", "decoder": "greedy", "max_iterations": 6},
+            "max_iterations needs a parallel decoder: set decoder to auto, or max_iterations to null",
+        ),
+        (
+            {"decoder": "parallel", "engine": "openai"},
+            "decoder=parallel has no effect with engine=openai: it is for torch and vllm",
+        ),
+        (
             {"decoder": "parallel", "temperature": 0.7},
             "decoder=parallel decodes greedily: set temperature to 0, or decoder to auto",
         ),

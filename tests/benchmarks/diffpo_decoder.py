@@ -13,6 +13,7 @@ at an end-of-sequence token, which spares the published algorithm its useless ta
 generate: drafts that are right in whole runs of 12 tokens, the overlap being the share of right runs. Beside the ratio
 of generate's seconds to ours stands the limit: what an oracle that knows every acceptance could reach, on step costs
 that are measured in the same run, positions of all rows counted together (that is how the decoder lays them out).
+"plain" is our own loop without drafts, than which poor ones must not make it slower by more than a tenth.
 
 The sides take turns in one process; medians over the repeats are printed, with their range. "agree" counts the rows
 whose tokens are those of `generate`: in float32 that should be all; in bfloat16 another shape of a forward rounds
@@ -306,15 +307,17 @@ def against_generate(subject: Subject, args: argparse.Namespace, keep: Callable[
         answers = decode(subject, prompts, length, batch)
         drafts = {overlap: spoil(answers, overlap, vocabulary, seed=batch) for overlap in args.overlaps}
         their_times: list[float] = []
+        plain_times: list[float] = []
         our_times: dict[float, list[float]] = {overlap: [] for overlap in args.overlaps}
         made: dict[float, Tokens] = {}
         for _ in range(args.repeats):
             their_s, want = seconds(partial(generate, subject.theirs, prompts, length, batch, eos=None))
             their_times.append(their_s)
+            plain_times.append(seconds(partial(decode, subject, prompts, length, batch))[0])
             for overlap, guesses in drafts.items():
                 our_s, made[overlap] = seconds(partial(decode, subject, prompts, length, batch, guesses, **settings))
                 our_times[overlap].append(our_s)
-        num, their_s = len(prompts) * length, statistics.median(their_times)
+        num, their_s, plain_s = len(prompts) * length, statistics.median(their_times), statistics.median(plain_times)
         for overlap, guesses in drafts.items():
             tokens, our_s, limit_s = made[overlap], statistics.median(our_times[overlap]), 0.0
             for group, before_s in zip(groups, prefills, strict=True):
@@ -325,14 +328,15 @@ def against_generate(subject: Subject, args: argparse.Namespace, keep: Callable[
             ratios = [theirs / ours for theirs, ours in zip(their_times, our_times[overlap], strict=True)]
             agree = equal(tokens, want)
             print(
-                f"  {overlap:4.0%} overlap: {spread(ratios)} generate; limit {their_s / limit_s:.2f}x,"
-                f" {limit_s / our_s:.0%} of it; {num / our_s:.0f} tokens/s against {num / their_s:.0f};"
-                f" agree {agree}/{len(want)}",
+                f"  {overlap:4.0%} overlap: {spread(ratios)} generate, {plain_s / our_s:.2f}x plain; limit"
+                f" {their_s / limit_s:.2f}x, {limit_s / our_s:.0%} of it; {num / our_s:.0f} tokens/s against"
+                f" {num / their_s:.0f}; agree {agree}/{len(want)}",
                 flush=True,
             )
             keep(
                 batch=batch, overlap=overlap, ratio=statistics.median(ratios), lowest=min(ratios), highest=max(ratios),
-                tokens_per_s=num / our_s, limit=num / limit_s, generate=num / their_s, agree=agree, rows=len(want),
+                tokens_per_s=num / our_s, limit=num / limit_s, generate=num / their_s, plain=num / plain_s,
+                agree=agree, rows=len(want),
             )  # fmt: skip
 
 

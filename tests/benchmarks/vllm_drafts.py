@@ -4,7 +4,8 @@
     python tests/benchmarks/vllm_drafts.py overlap --batches 4 --overlaps 0 1 --repeats 1  # three minutes
 
 overlap: drafts are the model's own answers, of which runs of 12 tokens are replaced by others' at random; p is the
-share of the runs that are left. Beside each ratio stands the limit 1 / (1 - p + p / s), s being the ratio at p = 1.
+share of the runs that are left. Beside each ratio stands the limit 1 / (1 - p + p / s), s being the ratio at p = 1,
+which is therefore always measured.
 correction: the recipe `rewrite`, whose prompt holds the answer that is its draft, also with vLLM's own `ngram` and
 `suffix`. A ratio is of tokens/s, in turn on the same rows, the median of the repeats with its range. "agree" counts the
 texts that are equal: in float32 that is all; in bfloat16 another batch shape parts where two tokens are as likely.
@@ -29,8 +30,8 @@ from actors.engines.base import Completion, DraftingConfig, Engine, Request
 from actors.engines.prompts import encode_draft, load_tokenizer
 from actors.recipes import RecipeConfig, aligner_input
 from tests.benchmarks.decode_vs_generate import QUESTIONS, SUBJECTS
+from tests.benchmarks.drafts import RUN
 
-RUN_TOKENS = 12
 NGRAM = {"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 SUFFIX = {"method": "suffix", "num_speculative_tokens": 8}
 
@@ -82,9 +83,9 @@ def told(ran: dict[str, list[Ran]], name: str) -> str:
 
 def make_draft(tokenizer: Any, answer: str, others: list[int], overlap: float, generator: random.Random) -> str:
     tokens = encode_draft(tokenizer, answer)
-    for start in range(0, len(tokens), RUN_TOKENS):
+    for start in range(0, len(tokens), RUN):
         if generator.random() >= overlap:
-            num = len(tokens[start : start + RUN_TOKENS])
+            num = len(tokens[start : start + RUN])
             tokens[start : start + num] = generator.choices(others, k=num)
     return str(tokenizer.decode(tokens))
 
@@ -94,7 +95,7 @@ def measure_overlaps(args: argparse.Namespace, batch: int, engines: dict[str, En
     answers = [completion.text for completion in run(engines["plain"], chats).made]
     others = [token for answer in answers for token in encode_draft(tokenizer, answer)]
     gains: dict[str, float] = {}
-    for overlap in sorted(args.overlaps, reverse=True):
+    for overlap in sorted({1.0, *args.overlaps}, reverse=True):
         generator = random.Random(0)
         requests = [
             Request(chat.prompt, chat.seed, make_draft(tokenizer, answer, others, overlap, generator))

@@ -27,6 +27,7 @@ from actors.decoding.cost import StepCost
 from actors.decoding.forward import ATTENTION, Forward, SlotCache
 from actors.decoding.loop import DecodeLoop, Row
 from actors.decoding.parallel import Denoiser, Drafter, Record
+from actors.decoding.stopping import until_stop
 from tests.tiny_models import SHAPE
 
 VOCABULARY = 40  # so few that guesses come true by chance and rows end early
@@ -270,8 +271,8 @@ class Scripted:
 
     def __call__(self, first: int, tokens: Any, starts: list[int], num_logits: list[int]) -> torch.Tensor:
         says = []
-        for row, start in zip(tokens, starts, strict=True):
-            for i in range(len(row)):
+        for row, start, num in zip(tokens, starts, num_logits, strict=True):
+            for i in range(len(row) - num, len(row)):
                 right = list(row[1 : i + 1]) == self.tokens[start : start + i]
                 says.append(self.tokens[start + i] if right and start + i < len(self.tokens) else 7)
         return F.one_hot(torch.tensor(says), 512).float()
@@ -308,6 +309,46 @@ def test_stop_string_inside_a_block_cuts_the_text(
         loop.step()
     assert (row.text, row.finish_reason) == (want, "stop")
     assert row.accepted <= len(row.tokens)
+
+
+ANSWER = "one two END three"
+
+
+@pytest.mark.parametrize("stop", [["END"], ["e tw"], ["three", "two END"], ["begin"], [": one"], ["nothing"]])
+@pytest.mark.parametrize("num_iterations", [None, 2])
+def test_stop_string_may_begin_in_reserved_tokens_or_lie_in_them(
+    tokenizer: PreTrainedTokenizerBase, stop: list[str], num_iterations: int | None
+) -> None:
+    """However many are reserved, the text ends where it would if the model had said them too, in both engines."""
+    kept = tokenizer("a beginning, longer than any stop string is: ", add_special_tokens=False)["input_ids"]
+    tokens = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    answer = [*kept, *tokens]
+    ends = [end for end in range(len(answer) + 1) if any(text in decode(answer[:end]) for text in stop)]
+    said = decode(answer[: ends[0]] if ends else answer)
+    want = said[: min([said.find(text) for text in stop if text in said], default=None)]
+    for num_reserved in range(1, len(answer) + 1):
+        num_made = max(0, (ends[0] if ends else len(answer)) - num_reserved)
+        loop = DecodeLoop(
+            Scripted([*answer, EOS]),  # type: ignore[arg-type]
+            decode,
+            eos=[EOS],
+            stop=stop,
+            block_size=5,
+            max_iterations=num_iterations,
+            max_num_seqs=1,
+            kv_cache_tokens=64,
+        )
+        row = Row((5,), 60, seed=0, draft=[*answer, 9, 9], num_reserved=num_reserved)
+        loop.submit(row)
+        while loop.busy:
+            loop.step()
+        assert (row.text, len(row.tokens) - num_reserved, row.finish_reason) == (want, num_made, "stop")
+        found = until_stop(decode, answer[:num_reserved], answer[num_reserved:], stop)
+        assert found == ((num_made, want) if ends else None)
 
 
 def test_a_row_ends_with_its_frozen_eos() -> None:

@@ -12,7 +12,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from actors.contract import ConfigError, RowError
+from actors.decoding.cost import StepCost
 from actors.engines.base import Completion, DraftingConfig, EngineConfig, Request
+from actors.engines.prompts import load_tokenizer
 from actors.engines.torch_engine import TorchEngine
 
 TIMEOUT = 20  # seconds; a hang fails instead of stalling the suite
@@ -216,6 +218,36 @@ def test_a_draft_changes_the_forwards_and_not_the_answer(
         assert decoder == "auto" or sum(each.iterations for each in made) < sum(each.num_tokens for each in made)
 
 
+@pytest.mark.parametrize(
+    ("settings", "seconds_of_two"),
+    [
+        ({}, 1.0),  # guesses are free
+        ({}, 2.0),  # none is worth its position
+        ({"decoder": "parallel"}, None),
+        ({"decoder": "greedy"}, None),
+        ({"block_size": 1}, None),
+        ({"max_iterations": 2}, None),
+        ({"temperature": 0.8}, None),
+    ],
+)
+def test_auto_alone_guesses_by_the_costs_that_it_measures(
+    llama_folder: Path,
+    plain: list[Completion],
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    seconds_of_two: float | None,
+) -> None:
+    def measure(*_: Any, **__: Any) -> StepCost:
+        assert seconds_of_two is not None
+        return StepCost({1: {1: 1.0, 2: seconds_of_two}})
+
+    monkeypatch.setattr(StepCost, "measure", measure)
+    made = drafting(llama_folder, with_drafts([made.text for made in plain]), **({"block_size": 8} | settings))
+    if seconds_of_two is not None:
+        assert [each.text for each in made] == [each.text for each in plain]
+        assert (sum(each.accepted or 0 for each in made) > 0) == (seconds_of_two == 1.0)
+
+
 def test_without_a_draft_only_a_parallel_decoder_guesses(llama_folder: Path, plain: list[Completion]) -> None:
     requests = [chat(i) for i in range(10)]
     assert drafting(llama_folder, requests, decoder="auto", num_reserved=3) == plain
@@ -255,6 +287,42 @@ def test_reserved_tokens_begin_the_answer_and_are_not_counted(
     drawn = drafting(llama_folder, with_drafts([draft] * 10), random_reserved=True, **settings)
     assert drawn == drafting(llama_folder, with_drafts([draft] * 10), random_reserved=True, **settings)
     assert len({each.num_tokens for each in drawn if each.finish_reason == "length"}) > 2
+
+
+BEYOND = "beyond the model"  # the tokenizer knows it as one token, the model has no row for it
+
+
+@pytest.fixture(scope="module")
+def beyond_folder(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = shutil.copytree(llama_folder, tmp_path_factory.mktemp("beyond") / "model")
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_tokens([BEYOND])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_token_that_the_model_does_not_know_fails_its_row_alone(beyond_folder: Path, plain: list[Completion]) -> None:
+    engine = TorchEngine(config_of(beyond_folder), 1)
+    made = asyncio.run(together(engine, [chat(0), Request(f"How {BEYOND}?", 0), chat(2)]))
+    engine.close()
+    assert [made[0], made[2]] == [plain[0], plain[2]]
+    assert isinstance(made[1], RowError) and made[1].cause == "rejected_by_engine"
+
+
+@pytest.mark.parametrize("max_iterations", [None, 2])
+def test_a_draft_ends_where_the_model_does_not_know_it(beyond_folder: Path, max_iterations: int | None) -> None:
+    drafts = [f"A preference is {BEYOND} a pair of answers", "A preference is "]
+    settings = {"max_iterations": max_iterations, "block_size": 8, "decoder": "parallel"}
+    made, cut = drafting(beyond_folder, [Request(chat(1).prompt, 1, draft) for draft in drafts], **settings)
+    assert made == cut
+    config = DraftingConfig(
+        model=str(beyond_folder), dtype="float32", device="cpu", max_tokens=16, num_reserved=8, **settings
+    )
+    engine = TorchEngine(config, 1)
+    failed, well = asyncio.run(together(engine, with_drafts(drafts)))
+    engine.close()
+    assert isinstance(failed, RowError) and failed.cause == "rejected_by_engine"
+    assert isinstance(well, Completion)
 
 
 def test_a_model_without_an_end_of_sequence_cannot_fill_a_draft_up(llama_folder: Path, tmp_path: Path) -> None:

@@ -4,13 +4,14 @@
 """
 
 import asyncio
+import itertools
 import os
 import random
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +19,15 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from actors.decoding.parallel import Drafter
 from actors.engines import build_engine
-from actors.engines.base import Completion, DraftingConfig, EngineConfig, Request
+from actors.engines.base import Completion, DraftingConfig, EngineConfig, EngineStats, Request
 from actors.engines.hosted import HostedEngine
 from actors.engines.torch_engine import TorchEngine
 from actors.engines.vllm_drafts import FOLDER, DraftFolder, DraftProposer, Outcome
+from actors.engines.vllm_engine import VllmEngine
 from tests.tiny_models import build_tiny_llama
 
 LIMIT = 200  # tokens of a row
@@ -263,6 +266,41 @@ def test_a_full_disk_costs_a_request_its_draft(folder: DraftFolder, monkeypatch:
     assert all(one.num_guessed == 0 for one in asked)
 
 
+class Says:
+    """Stands in for vLLM, which takes reserved tokens for the prompt: makes the tokens behind it, one at a time."""
+
+    def __init__(self, answer: list[int], num_prompt: int) -> None:
+        self.answer, self.num_prompt = answer, num_prompt
+        self.num_made = 0
+
+    async def generate(self, prompt: Any, *_: Any) -> AsyncIterator[Any]:
+        tokens = self.answer[len(prompt["prompt_token_ids"]) - self.num_prompt :]
+        for self.num_made, token in enumerate(tokens, 1):
+            finish_reason = "stop" if self.num_made == len(tokens) else None
+            part = SimpleNamespace(token_ids=[token], text="", finish_reason=finish_reason, stop_reason=None)
+            yield SimpleNamespace(outputs=[part])
+
+
+def test_a_stop_string_that_vllm_cannot_see_ends_an_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+    text, stop = "one two END three", "o E"
+    answer = tokenizer(text, add_special_tokens=False)["input_ids"]
+    prompt = tokenizer("Say it.", add_special_tokens=False)["input_ids"]
+    end = next(num for num in range(len(answer)) if stop in tokenizer.decode(answer[:num]))
+    begins = next(num for num in range(len(answer)) if "two" in tokenizer.decode(answer[:num]))
+    for num_reserved in range(begins, len(answer)):
+        engine = VllmEngine.__new__(VllmEngine)  # without the core that it starts
+        engine._config = DraftingConfig("vllm", "m", num_reserved=num_reserved, stop=[stop], max_tokens=40)
+        engine._tokenizer, engine._drafts, engine._end_of_turn = tokenizer, None, None
+        engine._limit, engine._num_words, engine._ends, engine._names = 512, 512, [], itertools.count()
+        engine._num_tokens = engine._num_running = engine._num_waiting = 0
+        engine._llm = says = Says([*answer, tokenizer.eos_token_id], len(prompt))  # type: ignore[assignment]
+        made = asyncio.run(engine.generate(Request("Say it.", 0, text)))
+        num_tokens = max(0, end - num_reserved)
+        assert made == Completion("one tw", "stop", len(prompt), num_tokens)
+        assert engine.stats() == EngineStats(num_tokens, 0, 0)
+        assert says.num_made == max(1, num_tokens)  # it is told to stop
+
+
 # --- real engines ---------------------------------------------------------------------------------------------------
 
 TIMEOUT = 300  # seconds; a hang fails instead of stalling the suite
@@ -384,7 +422,9 @@ def test_an_engine_outlives_its_folder(drafting: HostedEngine, plain: list[Compl
 
 @pytest.mark.long
 def test_two_shards_keep_reserved_tokens_as_the_torch_engine_does(model: Path, plain: list[Completion]) -> None:
-    requests = chats(32, [draft_of(completion.text, "altered") for completion in plain])
+    beginnings = ["", "", "", " the fox", " the throw away"]  # the last two begin or hold a stop string
+    drafts = [beginnings[i % 5] + draft_of(completion.text, "altered") for i, completion in enumerate(plain)]
+    requests = chats(32, drafts)
     settings = {"num_reserved": 6, "random_reserved": True}
     torch_engine = TorchEngine(config_of(model, engine="torch", decoder="auto", **settings), 2)
     expected = make_all(torch_engine, requests)
@@ -395,7 +435,8 @@ def test_two_shards_keep_reserved_tokens_as_the_torch_engine_does(model: Path, p
     engine.close()
     assert same(made, expected)
     assert sum(completion.accepted or 0 for completion in made) > 32  # counted once, though each shard has a proposer
-    assert all(completion.iterations <= completion.num_tokens + 1 for completion in made if completion.iterations)
+    undisturbed = [completion for i, completion in enumerate(made) if i % 5 < 3 and completion.iterations]
+    assert all(completion.iterations <= completion.num_tokens + 1 for completion in undisturbed)
 
 
 @pytest.mark.long
