@@ -20,6 +20,7 @@ from pipelines.corpus.plan import Plan
 from pipelines.corpus.publish import OutputConfig
 from pipelines.corpus.runs import digest
 from pipelines.corpus.shards import Input, InputConfig
+from pipelines.corpus.storage import RETRY_S
 
 VERSION = "0.1.0"
 SECRET_WORDS = ("secret", "password", "token", "key", "credential")
@@ -71,9 +72,14 @@ class SiteConfig:
     storage_options: dict[str, Any] = option(
         {}, "fsspec options for input and output, such as endpoint_url; no secrets"
     )
+    storage_retry_s: float = option(
+        RETRY_S, "seconds that the store of input or output may be out before the job stops; it can be resumed"
+    )
     log_every_s: float = option(30.0, "seconds between progress lines where there is no terminal")
 
     def __post_init__(self) -> None:
+        if self.storage_retry_s < 0:
+            raise ConfigError(f"storage_retry_s must be 0 or more, got {self.storage_retry_s}")
         for name in self.storage_options:
             if any(word in name.lower() for word in SECRET_WORDS):
                 raise ConfigError(
