@@ -105,7 +105,8 @@ class PatientFileSystem:
             raise error
         reason = f"{doing}: {_line(error)}"
         if _is_mistake(error, self.is_local):
-            raise ConfigError(f"{self._url} refuses: {reason}") from error
+            fix = "its rights" if self.is_local else "the bucket's name, the credentials and their rights"
+            raise ConfigError(f"{self._url} refuses: {reason}; see to {fix}") from error
         if not _is_outage(error, self.is_local):
             raise error
         return reason

@@ -10,6 +10,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -142,7 +143,7 @@ class Storage:
                     self.fs.rm([self.path(path) for path in paths[start : start + 1000]])
             return
         for path in paths:
-            self.fs.told(f"deleting {path}", lambda path=path: Path(self.path(path)).unlink(missing_ok=True))
+            self.fs.told(f"deleting {path}", partial(Path(self.path(path)).unlink, missing_ok=True))
 
     def sweep(self) -> None:
         """Delete the scratch files that writers killed more than a day ago left at a local root."""

@@ -108,7 +108,7 @@ def test_an_outage_is_announced_once(slept: list[float], caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING):
         fs.info("x")
     (record,) = caplog.records
-    assert record.getMessage() == "s3://b does not answer (looking up x: said); trying again for up to 60 s"
+    assert record.getMessage() == "s3://b does not answer (looking up x: [Errno 16] said); trying again for up to 60 s"
 
 
 def test_a_read_that_breaks_off_goes_on_where_it_was(tmp_path: Path, slept: list[float]) -> None:
