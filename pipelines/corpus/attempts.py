@@ -56,7 +56,7 @@ class Attempts:
             _harmless(lambda: self.output.delete([_path(unit)]), None)
 
     def forget_done(self) -> None:
-        """Delete the notes on units whose rows are done, and on what is no unit."""
+        """Delete the notes on units whose rows are done."""
         names = self._names()
         if names:
             done = read_state(self.output).done
@@ -81,7 +81,7 @@ def _path(unit: str) -> str:
 
 
 def _is_over(unit: Unit | None, done: Coverage) -> bool:
-    return unit is None or not units.missing(unit.start, unit.stop, done.get((unit.shard, unit.retry), []))
+    return unit is not None and not units.missing(unit.start, unit.stop, done.get((unit.shard, unit.retry), []))
 
 
 def _harmless(call: Callable[[], Result], otherwise: Result) -> Result:
