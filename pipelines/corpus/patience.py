@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
@@ -138,21 +139,23 @@ class PatientFileSystem:
 
     def find(self, path: str) -> dict[str, dict[str, Any]]:
         """Every object below a folder."""
-        unlistable = {"on_error": "raise"} if self.is_local else {}  # which else is passed over, with all that is in it
-        found: dict[str, Any] = self.persist(f"listing {path}", lambda: self.raw.find(path, detail=True, **unlistable))
+        self._walk_strictly()
+        found: dict[str, Any] = self.persist(f"listing {path}", lambda: self.raw.find(path, detail=True))
         return found
 
     def glob(self, pattern: str) -> dict[str, dict[str, Any]]:
-        """What matches; {} where the folder that holds the first wildcard is not there."""
-        walks = self.is_local or "**" not in pattern  # a listing of all that is below takes no such argument
-        unlistable = {"on_error": "raise"} if walks else {}
-        try:
-            found: dict[str, Any] = self.persist(
-                f"listing {pattern}", lambda: self.raw.glob(pattern, detail=True, **unlistable)
-            )
-        except FileNotFoundError:
-            return {}
+        self._walk_strictly()
+        found: dict[str, Any] = self.persist(f"listing {pattern}", lambda: self.raw.glob(pattern, detail=True))
         return found
+
+    def _walk_strictly(self) -> None:
+        """Make folders that cannot be listed an error: fsspec passes over them, with all that is in them.
+
+        It has an argument for that, but does not hand it on from a folder to those in it.
+        """
+        self.raw.walk = partial(self.raw.walk, on_error=_raise_unless_gone)
+        if self.raw.async_impl:
+            self.raw._walk = partial(self.raw._walk, on_error=_raise_unless_gone)
 
     def pipe_file(self, path: str, data: bytes) -> None:
         """Write an object whole, replacing one that is there."""
@@ -196,6 +199,11 @@ class PatientFile(io.IOBase):
     def close(self) -> None:
         self._raw.close()
         super().close()
+
+
+def _raise_unless_gone(error: Exception) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 # --- telling errors apart -------------------------------------------------------------------------------------------

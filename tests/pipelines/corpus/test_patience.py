@@ -194,3 +194,22 @@ def test_a_subfolder_that_cannot_be_listed_is_not_passed_over(tmp_path: Path, mo
         with pytest.raises(TransientError, match="Input/output error"):
             source.listing()
         monkeypatch.undo()
+
+
+def test_a_subfolder_of_a_bucket_that_cannot_be_listed_is_not_passed_over(
+    s3_output: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        s3_output.put(f"{name}/x.parquet", b"x")
+    source = Input(f"{s3_output.url}/*/*.parquet", {"endpoint_url": s3_output.fs.raw.endpoint_url}, retry_s=0)
+    assert len(source.listing()) == 2
+    lsdir = source.fs.raw._lsdir
+
+    async def partly(path: str, *args: Any, **kwargs: Any) -> Any:
+        if path.endswith("/b"):
+            raise answered("InternalError", 500)
+        return await lsdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(source.fs.raw, "_lsdir", partly)
+    with pytest.raises(TransientError, match="said"):
+        source.listing()
