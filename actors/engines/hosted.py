@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from actors.contract import ConfigError, RowError, TransientError
 from actors.engines.base import Completion, DraftingConfig, EngineConfig, EngineStats, Request
@@ -102,7 +102,7 @@ class HostedEngine:
         Raises ConfigError and TransientError like `generate`.
         """
         with contextlib.suppress(RowError):  # it is refused: the engine has not died of it
-            await self.generate(self._harmless)
+            await self.generate(replace(self._harmless, origin=None, num_kills=0))
 
     def stats(self) -> EngineStats:
         now = self._process.stats()
