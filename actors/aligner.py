@@ -9,7 +9,7 @@ import pyarrow as pa
 from actors.candidates import DEPENDENT, as_messages, failed, lost, made, model_label
 from actors.contract import ALIGNED_LIST, PROBLEM, ConfigError, RowError, candidate_seed
 from actors.engines.base import DraftingConfig, Messages, Request
-from actors.pool import Columns, ModelStage, PoolConfig
+from actors.pool import Columns, ModelStage, PoolConfig, Row
 from actors.recipes import RecipeConfig, aligner_input
 
 Candidate = dict[str, Any]
@@ -58,42 +58,44 @@ class AlignerStage(ModelStage):
         self._config, self._run_seed = config, run_seed
         self._label = model_label(config)
 
-    async def columns(self, unit: pa.Table) -> Columns:
+    async def columns(self, name: str, unit: pa.Table) -> Columns:
         """Raises whatever is the engine's fault; a fault of one request ends in that candidate's `error`."""
         rows = unit.select(["prompt_id", "prompt", "responses", "problem"]).to_pylist()
-        aligned = await self.each(self._aligned, rows)
+        aligned = await self.each(name, self._aligned, rows)
         problems = [row["problem"] or lost(row["responses"], found) for row, found in zip(rows, aligned, strict=True)]
         num_failed = sum(problem is not None for problem in problems)
         return Columns({"aligned": pa.array(aligned, ALIGNED_LIST), "problem": pa.array(problems, PROBLEM)}, num_failed)
 
-    async def _aligned(self, row: dict[str, Any]) -> list[Candidate]:
+    async def _aligned(self, row: Row) -> list[Candidate]:
         messages = as_messages(row["prompt"])
         candidates = [
             (candidate_seed(self._run_seed, row["prompt_id"], number, "aligner"), response)
             for number, response in enumerate(row["responses"])
         ]
         if self._config.ignores_response:
-            return await self._align_once(messages, candidates)
+            return await self._align_once(row, messages, candidates)
         if len(candidates) == 1:
-            return [await self._align(messages, *candidates[0])]
-        return list(await asyncio.gather(*(self._align(messages, *candidate) for candidate in candidates)))
+            return [await self._align(row, messages, *candidates[0])]
+        return list(await asyncio.gather(*(self._align(row, messages, *candidate) for candidate in candidates)))
 
-    async def _align_once(self, messages: Messages, candidates: list[tuple[int, Candidate]]) -> list[Candidate]:
+    async def _align_once(
+        self, row: Row, messages: Messages, candidates: list[tuple[int, Candidate]]
+    ) -> list[Candidate]:
         """One text for all responses that there are, made from the first of them; the others only share it."""
         aligned: list[Candidate] = []
         first: Candidate | None = None
         for seed, response in candidates:
             if response["status"] != "ok":
-                aligned.append(await self._align(messages, seed, response))
+                aligned.append(await self._align(row, messages, seed, response))
             elif first is None:
-                first = await self._align(messages, seed, response)
+                first = await self._align(row, messages, seed, response)
                 aligned.append(first)
             else:
                 changed = first["text"] != response["text"] if first["status"] == "ok" else None
                 aligned.append({**first, "seed": seed, "iterations": None, "accepted": None, "changed": changed})
         return aligned
 
-    async def _align(self, messages: Messages, seed: int, response: Candidate) -> Candidate:
+    async def _align(self, row: Row, messages: Messages, seed: int, response: Candidate) -> Candidate:
         candidate = {"model": self._label, "seed": seed, "iterations": None, "accepted": None, "changed": None}
         answer = response["text"]
         try:
@@ -101,7 +103,7 @@ class AlignerStage(ModelStage):
                 raise RowError(DEPENDENT, "there is no response to align")
             stored = self._config.engine == "stored"
             prompt = messages if stored else aligner_input(self._config, messages, answer)
-            completion = await self._engine.generate(Request(prompt, seed, draft=answer))
+            completion = await self.generate(row, Request(prompt, seed, draft=answer))
             aligned = made(completion, self._config.reasoning_end, **candidate)
         except RowError as error:
             return failed(error, **candidate)

@@ -79,6 +79,11 @@ class Board:
             for pool, replicas in self._pools.items()
         }
 
+    def units_of(self, pool: str, replica: str) -> tuple[str, ...]:
+        """Units that were in flight on a replica when it last reported; none where it never has."""
+        found = self._pools.get(pool, {}).get(replica)
+        return () if found is None else found.snapshot.units
+
     def running_s(self) -> float:
         """Seconds since every pool had an engine that was up; 0 where one has none."""
         firsts = [
@@ -86,6 +91,12 @@ class Board:
             for replicas in self._pools.values()
         ]
         return 0.0 if not firsts or None in firsts else time.monotonic() - max(at for at in firsts if at is not None)
+
+
+def units_before(board: Any, pool: str) -> tuple[str, ...]:
+    """What was in flight on this actor when it died and Ray started it again; nothing in its first life."""
+    found: tuple[str, ...] = ray.get(board.units_of.remote(pool, ray.get_runtime_context().get_actor_id()))
+    return found
 
 
 class Reporter:

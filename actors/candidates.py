@@ -52,14 +52,16 @@ def lost(responses: list[dict[str, Any]], aligned: list[dict[str, Any]]) -> dict
         return None
     for stage, candidates in (("aligner", aligned), ("policy", responses)):
         for candidate in candidates:
-            cause, _, message = (candidate["error"] or "").partition(": ")
-            if candidate["status"] == "failed" and cause != DEPENDENT:
-                return _problem(stage, cause, message)
-    return _problem("policy", "no_candidate", "")
+            if candidate["status"] == "failed":
+                error = RowError.parse(candidate["error"])
+                if error.cause != DEPENDENT:
+                    return _problem(stage, error)
+    return _problem("policy", RowError("no_candidate", ""))
 
 
-def _problem(stage: str, cause: str, message: str) -> dict[str, Any]:
-    return {"stage": stage, "cause": cause, "error_class": "RowError", "message": message, "attempts": 1}
+def _problem(stage: str, error: RowError) -> dict[str, Any]:
+    told = {"cause": error.cause, "message": error.message, "attempts": error.attempts}
+    return {"stage": stage, "error_class": "RowError", **told}
 
 
 def split_reasoning(text: str, end: str | None) -> tuple[str | None, str]:

@@ -4,6 +4,7 @@ This is the one module that `pipelines/corpus/` and `actors/` both import; neith
 """
 
 import hashlib
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ RESPONSE_FIELDS = [
     pa.field("reasoning", pa.string()),  # a reasoning model's thinking; null when there was none
     pa.field("model", pa.string(), False),  # as configured: folder name, hub id or provenance label
     pa.field("status", pa.string(), False),  # ok | failed
-    pa.field("error", pa.string()),  # "<cause>: <message>" when failed
+    pa.field("error", pa.string()),  # a RowError's text when failed
     pa.field("finish_reason", pa.string()),  # stop | length; null when failed or stored
     pa.field("num_prompt_tokens", pa.int32()),  # tokens the model read; null when failed or stored
     # Tokens the model made, without end-of-sequence and without what `diffpo` reserved of the response; null likewise.
@@ -119,16 +120,27 @@ class ConfigError(ValueError):
 class RowError(Exception):
     """An error of one request: that candidate fails, its neighbours go on.
 
-    `cause` is the slug under which the row may be quarantined and later retried.
+    `cause` is the slug under which the row may be quarantined and later retried; `attempts` is how often the request
+    was made. Its text, `<cause>: <message>` or `<cause> (<n> attempts): <message>`, holds all three.
     """
 
-    def __init__(self, cause: str, message: str) -> None:
-        super().__init__(cause, message)
+    def __init__(self, cause: str, message: str, attempts: int = 1) -> None:
+        super().__init__(cause, message, attempts)
         self.cause = cause
         self.message = message
+        self.attempts = attempts
 
     def __str__(self) -> str:
-        return f"{self.cause}: {self.message}"
+        tried = f" ({self.attempts} attempts)" if self.attempts > 1 else ""
+        return f"{self.cause}{tried}: {self.message}"
+
+    @classmethod
+    def parse(cls, text: str) -> "RowError":
+        """The error of a text that one was written as."""
+        found = re.fullmatch(r"([^ :]*)(?: \(([0-9]+) attempts\))?: (.*)", text, re.DOTALL)
+        if found is None:
+            raise ValueError(f"{text!r} is not a row error's text")
+        return cls(found[1], found[3], int(found[2] or 1))
 
 
 class TransientError(Exception):

@@ -9,7 +9,7 @@ import pyarrow as pa
 from actors.candidates import as_messages, failed, made, model_label
 from actors.contract import RESPONSES, ConfigError, RowError, candidate_seed, option
 from actors.engines.base import Messages, Request
-from actors.pool import Columns, ModelStage, PoolConfig
+from actors.pool import Columns, ModelStage, PoolConfig, Row
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,16 @@ class PolicyStage(ModelStage):
         self._config, self._run_seed, self._first = config, run_seed, first_candidate
         self._label = model_label(config)
 
-    async def columns(self, unit: pa.Table) -> Columns:
+    async def columns(self, name: str, unit: pa.Table) -> Columns:
         """Raises whatever is the engine's fault; a fault of one request ends in that candidate's `error`."""
         names = ["prompt_id", "prompt", "problem", *({"stored", "responses"} & set(unit.column_names))]
         rows = unit.select(names).to_pylist()
-        answered = await self.each(self._answers, rows)
+        answered = await self.each(name, self._answers, rows)
         responses = [(row.get("responses") or []) + answers for row, answers in zip(rows, answered, strict=True)]
         num_failed = sum(not any(answer["status"] == "ok" for answer in answers) for answers in answered)
         return Columns({"responses": pa.array(responses, RESPONSES)}, num_failed)
 
-    async def _answers(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+    async def _answers(self, row: Row) -> list[dict[str, Any]]:
         if row["problem"] is not None:
             return []
         stored: list[str | None] = [None] * self._config.num_candidates
@@ -55,18 +55,16 @@ class PolicyStage(ModelStage):
             stored = row["stored"] or [None]
         messages = policy_prompt(self._config, row["prompt"])
         if len(stored) == 1:
-            return [await self._answer(row["prompt_id"], messages, 0, stored[0])]
+            return [await self._answer(row, messages, 0, stored[0])]
         return list(
-            await asyncio.gather(
-                *(self._answer(row["prompt_id"], messages, number, text) for number, text in enumerate(stored))
-            )
+            await asyncio.gather(*(self._answer(row, messages, number, text) for number, text in enumerate(stored)))
         )
 
-    async def _answer(self, prompt_id: str, messages: Messages, number: int, stored: str | None) -> dict[str, Any]:
-        seed = candidate_seed(self._run_seed, prompt_id, self._first + number, "policy")
+    async def _answer(self, row: Row, messages: Messages, number: int, stored: str | None) -> dict[str, Any]:
+        seed = candidate_seed(self._run_seed, row["prompt_id"], self._first + number, "policy")
         candidate = {"model": self._label, "seed": seed}
         try:
-            completion = await self._engine.generate(Request(messages, seed, stored))
+            completion = await self.generate(row, Request(messages, seed, stored))
             return made(completion, self._config.reasoning_end, **candidate)
         except RowError as error:
             return failed(error, **candidate)

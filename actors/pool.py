@@ -11,10 +11,12 @@ import ray.data
 from ray.data import ActorPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.board import Reporter, Snapshot
-from actors.contract import ConfigError, label, option, unpack, with_column
+from actors.board import Reporter, Snapshot, units_before
+from actors.contract import ConfigError, TransientError, label, option, unpack, with_column
 from actors.engines import build_engine
-from actors.engines.base import Engine, EngineConfig
+from actors.engines.base import Completion, Engine, EngineConfig, Request
+from actors.engines.hosted import MAX_STARTS, HostedEngine, Suspect, crash
+from actors.suspects import Note, Notes, Rows, Turns
 
 Row = dict[str, Any]
 Result = TypeVar("Result")
@@ -74,11 +76,21 @@ class ModelStage:
         config: of the pool.
         board: handle of the job's board.
         sharers: replicas that compute on CPUs; at worst they all share the cores of one node.
+        notes: of units that may kill engines.
+        max_attempts: times that a row may kill what it runs alone in.
     """
 
-    def __init__(self, name: str, config: PoolConfig, board: Any, sharers: int) -> None:
-        self._snapshot = Snapshot()
-        self._units: dict[str, None] = {}
+    def __init__(
+        self, name: str, config: PoolConfig, board: Any, sharers: int, notes: Notes, max_attempts: int
+    ) -> None:
+        self._name, self._notes, self._max_attempts = name, notes, max_attempts
+        self._turns = Turns()
+        self._proven = False
+        self._suspected: dict[str, Note] = {}  # of the units in flight those under suspicion
+        before = units_before(board, name)
+        self._died_with = set(before)
+        self._snapshot = Snapshot(units=before)  # until the engine is up: should that be another death
+        self._units: dict[str, int] = {}  # in flight, and their rows
         self._num_ahead = 0  # rows that are done of units that are not
         self._started: Engine | None = None
         self._reporter = Reporter(board, name, self._now)
@@ -86,7 +98,7 @@ class ModelStage:
         self._max_num_seqs = config.max_num_seqs
         self._mistake: ConfigError | None = None
         try:
-            self._started = self._engine = build_engine(config, num_threads)
+            self._started = self._engine = build_engine(config, num_threads, max_attempts, self._remember)
         except ConfigError as error:
             self._mistake = error  # told with the first unit: Ray prints what a constructor raises, again and again
 
@@ -104,14 +116,38 @@ class ModelStage:
             state="running",
         )
 
-    async def columns(self, unit: pa.Table) -> Columns:
-        """The columns that this stage makes of a unit's rows."""
+    async def columns(self, name: str, unit: pa.Table) -> Columns:
+        """The columns that this stage makes of the rows of unit `name`."""
         raise NotImplementedError
 
-    async def each(self, make: Callable[[Row], Awaitable[Result]], rows: list[Row]) -> list[Result]:
-        """make(row) of every row, in order: twice what the engine takes at the same time, so that it never waits."""
+    async def each(self, name: str, make: Callable[[Row], Awaitable[Result]], rows: list[Row]) -> list[Result]:
+        """make(row) of every row of unit `name`, in order; group by group where the unit is under suspicion."""
+        note = self._suspected.get(name)
+        kills = note.kills if note else {}
+        for number, row in enumerate(rows):
+            row.update(origin=(name, number), num_kills=kills.get(number, 0))
+        if note is None:
+            results = await self._each(make, dict(enumerate(rows)))
+        else:
+            results = {}
+            for group in note.groups:
+                await self._note(name, self._suspected[name].trying(group))
+                results.update(await self._each(make, {number: rows[number] for number in group}))
+            guilty = {number: row for number, row in enumerate(rows) if number not in results}
+            results.update(await self._each(make, guilty))
+        self._num_ahead -= len(results)
+        return [results[number] for number in range(len(rows))]
+
+    async def generate(self, row: Row, request: Request) -> Completion:
+        """The engine's answer to a request of `row`. Raises what it raises; for a row that has killed enough, that."""
+        if row["num_kills"] >= self._max_attempts:
+            raise crash(row["num_kills"])
+        return await self._engine.generate(replace(request, origin=row["origin"], num_kills=row["num_kills"]))
+
+    async def _each(self, make: Callable[[Row], Awaitable[Result]], rows: dict[int, Row]) -> dict[int, Result]:
+        """make(row) of these rows: twice what the engine takes at the same time, so that it never waits."""
         results: dict[int, Result] = {}
-        numbered = iter(enumerate(rows))
+        numbered = iter(rows.items())
 
         async def work() -> None:
             for number, row in numbered:
@@ -121,22 +157,30 @@ class ModelStage:
         workers = [asyncio.create_task(work()) for _ in range(min(len(rows), 2 * self._max_num_seqs))]
         try:
             await asyncio.gather(*workers)
+        except BaseException:
+            self._num_ahead -= len(results)
+            raise
         finally:
             for worker in workers:  # after an error the rest would go on asking an endpoint for a unit that is given up
                 worker.cancel()
-            self._num_ahead -= len(results)
-        return [results[number] for number in range(len(rows))]
+        return results
 
     async def __call__(self, packed: pa.Table) -> AsyncIterator[pa.Table]:
         if self._mistake is not None:
             raise self._mistake
         unit = unpack(packed)
         name = label(packed, "unit")
-        self._units[name] = None
+        self._units[name] = unit.num_rows
+        self._reporter.report()  # what is in flight when this actor dies is what may have killed it
         try:
-            made = await self.columns(unit)
+            note = await self._suspicion(name, unit.num_rows)
+            async with self._turns.alone() if note else self._turns.together():
+                if note:
+                    await self._prove(name, note)
+                made = await self.columns(name, unit)
         finally:
             self._units.pop(name, None)
+        await self._clear(name)
         self._snapshot = replace(
             self._snapshot,
             num_rows=self._snapshot.num_rows + unit.num_rows,
@@ -146,6 +190,70 @@ class ModelStage:
         for column, values in made.values.items():
             packed = with_column(packed, column, values)
         yield packed
+
+    # --- units that may kill ----------------------------------------------------------------------------------------
+
+    async def _suspicion(self, name: str, num_rows: int) -> Note | None:
+        """What is held against a unit that arrives: something died with it, here or in another job; mostly nothing."""
+        if name in self._died_with:
+            self._died_with.discard(name)
+            found = Note.parse(await asyncio.to_thread(self._notes.read, name, self._name), num_rows)
+            return found.after_death(self._max_attempts) if found else Note.of(num_rows)
+        found = Note.parse(self._notes.found(name, self._name), num_rows)
+        return replace(found.after_death(self._max_attempts), num_proofs=0) if found else None
+
+    async def _prove(self, name: str, note: Note) -> None:
+        """Before the first suspects of this life: are they to blame, or does everything die here?
+
+        Raises TransientError when so many lives in a row have ended with a harmless request.
+        """
+        if note.num_proofs >= MAX_STARTS:
+            raise TransientError(
+                f"the actor of pool {self._name} dies of harmless requests too, {note.num_proofs} times over; the log "
+                "above and its node's say why. No row is to blame, and none is quarantined for it"
+            )
+        if not self._proven and isinstance(self._engine, HostedEngine):
+            await self._note(name, replace(note, num_proofs=note.num_proofs + 1))
+            await self._engine.prove()
+            self._proven = True
+        self._suspected[name] = replace(note, num_proofs=0)
+
+    async def _note(self, name: str, note: Note) -> None:
+        self._suspected[name] = note
+        await asyncio.to_thread(self._notes.write, name, self._name, note.as_json())
+
+    async def _clear(self, name: str) -> None:
+        """The unit has come through. Of what was held against it only verdicts are kept: it may have to be redone."""
+        note = self._suspected.pop(name, None)
+        if note is None:
+            return
+        if any(count >= self._max_attempts for count in note.kills.values()):
+            await asyncio.to_thread(self._notes.write, name, self._name, replace(note, running=False).as_json())
+        else:
+            await asyncio.to_thread(self._notes.forget, name, self._name)
+
+    def _remember(self, running: list[Suspect], waiting: list[list[Suspect]], guilty: list[Suspect]) -> None:
+        """Note how far the engine's own search has come, of every unit whose rows are in it."""
+        kills: dict[str, dict[int, int]] = {}
+        for suspect in [*running, *(suspect for group in waiting for suspect in group), *guilty]:
+            if suspect.request.origin is not None:
+                unit, row = suspect.request.origin
+                counts = kills.setdefault(unit, {})
+                counts[row] = max(suspect.num_kills, counts.get(row, 0))
+        for unit, counts in kills.items():
+            if unit in self._units:
+                note = self._suspected.get(unit) or Note.of(self._units[unit])
+                kept = {row: count for row, count in counts.items() if count}
+                groups = [_rows(unit, group) for group in waiting]
+                note = note.refined(_rows(unit, running), groups, kept, self._max_attempts)
+                self._suspected[unit] = note
+                self._notes.write(unit, self._name, note.as_json())
+
+
+def _rows(unit: str, suspects: list[Suspect]) -> Rows:
+    """The rows of a unit that are among them."""
+    origins = [suspect.request.origin for suspect in suspects]
+    return tuple(sorted({origin[1] for origin in origins if origin is not None and origin[0] == unit}))
 
 
 def add_pool(

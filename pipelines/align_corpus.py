@@ -54,8 +54,9 @@ def main(argv: list[str]) -> int:
 
 def align_corpus(config: AlignCorpusConfig, flags: Flags) -> int:
     """Plan what is not done, make it, publish it; again where a unit turned out damaged. Returns the exit code."""
-    source = Input(config.input.path, config.site.storage_options)
-    output = Storage(config.output.root, config.site.storage_options)
+    site = config.site
+    source = Input(config.input.path, site.storage_options, site.storage_retry_s)
+    output = Storage(config.output.root, site.storage_options, site.storage_retry_s)
     source.refuse_own_output(output)
     if flags.dry_run:
         plan = planned(config, source, output, flags.limit)

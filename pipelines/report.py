@@ -100,7 +100,7 @@ def print_summary(config: AlignCorpusConfig, output: Storage, plan: Plan, publis
 def _print_rows(output: Storage, manifest: dict[str, Any]) -> None:
     if not manifest["corpus"]:
         return
-    with output.fs.open(output.path(manifest["corpus"][0]["path"]), "rb") as file:
+    with output.fs.open(output.path(manifest["corpus"][0]["path"])) as file:
         batch = next(
             pq.ParquetFile(file).iter_batches(SHOWN_ROWS, columns=["prompt_id", "prompt", "responses", "aligned"])
         )

@@ -10,6 +10,7 @@ from typing import Any
 from actors.aligner import AlignerConfig
 from actors.candidates import model_label
 from actors.contract import ConfigError, option, section
+from actors.engines.hosted import MAX_ATTEMPTS
 from actors.engines.identity import identity, pinned
 from actors.policy import PolicyConfig
 from actors.pool import PoolConfig
@@ -20,6 +21,7 @@ from pipelines.corpus.plan import Plan
 from pipelines.corpus.publish import OutputConfig
 from pipelines.corpus.runs import digest
 from pipelines.corpus.shards import Input, InputConfig
+from pipelines.corpus.storage import RETRY_S
 
 VERSION = "0.1.0"
 SECRET_WORDS = ("secret", "password", "token", "key", "credential")
@@ -36,12 +38,13 @@ class RunConfig:
     accept_quarantined: bool = option(False, "publish all the same")
     retry_quarantined: str | None = option(None, "align published quarantined rows with this cause again")
     accept_changes: bool = option(False, "apply a changed config to new rows; go on with an input that was moved")
+    max_attempts: int = option(MAX_ATTEMPTS, "engines that a row may kill while it runs alone; then it is quarantined")
     lease_ttl_s: float = option(30.0, "seconds of silence after which another job on the same root counts as dead")
     wait_for_resources_s: float = option(600.0, "seconds to wait for nodes that an autoscaling cluster may add")
     stall_minutes: float = option(30.0, "end with exit code 4 after so long without a token, a commit or a start-up")
 
     def __post_init__(self) -> None:
-        for name in ("unit_rows", "lease_ttl_s", "stall_minutes"):
+        for name in ("unit_rows", "max_attempts", "lease_ttl_s", "stall_minutes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be more than 0, got {getattr(self, name)}")
         if not 0 <= self.max_quarantined_fraction <= 1:
@@ -71,9 +74,14 @@ class SiteConfig:
     storage_options: dict[str, Any] = option(
         {}, "fsspec options for input and output, such as endpoint_url; no secrets"
     )
+    storage_retry_s: float = option(
+        RETRY_S, "seconds that the store of input or output may be out before the job stops; it can be resumed"
+    )
     log_every_s: float = option(30.0, "seconds between progress lines where there is no terminal")
 
     def __post_init__(self) -> None:
+        if self.storage_retry_s < 0:
+            raise ConfigError(f"storage_retry_s must be 0 or more, got {self.storage_retry_s}")
         for name in self.storage_options:
             if any(word in name.lower() for word in SECRET_WORDS):
                 raise ConfigError(

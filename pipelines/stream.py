@@ -21,6 +21,7 @@ from actors.contract import ConfigError, TransientError
 from actors.policy import PolicyStage
 from actors.pool import add_pool, planned
 from pipelines import report
+from pipelines.corpus.attempts import Attempts
 from pipelines.corpus.commit import Committer
 from pipelines.corpus.plan import Plan
 from pipelines.corpus.read import UnitSource
@@ -77,7 +78,8 @@ def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan
     tally = Tally()
     made_of = digest(fingerprint(config, plan.kept_types))
     committer = Committer(output, source, tuple(config.input.keep_columns), run, made_of)
-    committed = pipeline(config, source, plan, committer, board)
+    notes = Attempts.of_job(output)
+    committed = pipeline(config, source, plan, committer, board, notes)
     asks = {need.name: need.ask for need in replicas(config)}
     stall_s = config.run.stall_minutes * 60
     with shown(board, tally, asks, plan.num_rows, log_every_s=config.site.log_every_s, stall_s=stall_s):
@@ -92,6 +94,7 @@ def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan
             if told is None:
                 raise
             raise told from None
+    notes.forget_done()
     found, running_s, seconds = read_board(board), ray.get(board.running_s.remote()), time.monotonic() - started
     totals = {name: found[name] for name in asks if name in found}
     report.print_throughput(totals, tally, seconds)
@@ -108,7 +111,12 @@ def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan
 
 
 def pipeline(
-    config: AlignCorpusConfig, source: Input, plan: Plan, committer: Committer, board: ray.actor.ActorHandle
+    config: AlignCorpusConfig,
+    source: Input,
+    plan: Plan,
+    committer: Committer,
+    board: ray.actor.ActorHandle,
+    notes: Attempts,
 ) -> ray.data.Dataset:
     """Units -> responses -> aligned -> committed: one row a unit, one task a unit (several where engines are cheap)."""
     context = ray.data.DataContext.get_current()
@@ -122,7 +130,7 @@ def pipeline(
     warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")  # until 2.64, and nothing else does it
     on_cpus = [pool for pool in pools(config).values() if pool.engine in ("torch", "vllm") and not pool.num_gpus]
     sharers = sum(pool.most_replicas for pool in on_cpus)
-    shared = {"board": board, "sharers": sharers}
+    shared = {"board": board, "sharers": sharers, "notes": notes, "max_attempts": config.run.max_attempts}
     places = node_ids(needs(config))
     units = UnitSource(source, config.input, plan.spans)
     dataset = ray.data.read_datasource(

@@ -4,16 +4,20 @@ import os
 
 from actors.contract import ConfigError
 from actors.engines.base import Engine, EngineConfig
-from actors.engines.hosted import HostedEngine
+from actors.engines.hosted import MAX_ATTEMPTS, HostedEngine, Remember, forget
 from actors.engines.ranks import Followers
 from actors.engines.stored import StoredEngine
 
 
-def build_engine(config: EngineConfig, num_threads: int) -> Engine:
+def build_engine(
+    config: EngineConfig, num_threads: int, max_attempts: int = MAX_ATTEMPTS, remember: Remember = forget
+) -> Engine:
     """The engine that `config` names, ready to answer: in a process of its own, unless there is nothing in it to die.
 
     Args:
         num_threads: CPU threads of the engine.
+        max_attempts: engines that a request may kill while it runs alone.
+        remember: told how far the search for such a request has come.
 
     Raises ConfigError for a user's mistake, such as a model that is not there.
     """
@@ -23,7 +27,7 @@ def build_engine(config: EngineConfig, num_threads: int) -> Engine:
         from actors.engines.openai_engine import OpenAIEngine
 
         return OpenAIEngine(config)
-    return HostedEngine(_build_here, config, num_threads)
+    return HostedEngine(_build_here, config, num_threads, max_attempts, remember)
 
 
 def _build_here(config: EngineConfig, num_threads: int) -> Engine:

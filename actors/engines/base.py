@@ -1,6 +1,6 @@
 """The contract of an engine: requests in, completions out, asynchronously, many at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
@@ -165,11 +165,15 @@ class Request:
         prompt: a chat, to which the model's own chat template is applied once, or raw text for models without one.
         seed: of this candidate's sampling.
         draft: an answer that is there already: what `stored` returns, and where a parallel decoder begins.
+        origin: the unit and the row of it that the candidate is for; None where it is for nobody.
+        num_kills: engines that died while the row was alone in them, in lives before of the actor or of the job.
     """
 
     prompt: Messages | str
     seed: int
     draft: str | None = None
+    origin: tuple[str, int] | None = field(default=None, compare=False)
+    num_kills: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """An engine that outlives its own deaths: rebuilt in a new process, with the request that kills it found and failed."""
 
 import asyncio
-from collections import Counter, deque
-from dataclasses import fields
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 from actors.contract import ConfigError, RowError, TransientError
 from actors.engines.base import Completion, DraftingConfig, EngineConfig, EngineStats, Request
@@ -14,6 +16,32 @@ MAX_STARTS = 3
 """Times that an engine may die while it starts, or of a harmless request, before that is the job's end."""
 HARMLESS = Request("Hello", seed=0)
 """What an engine must survive that has not answered anything yet. Raw text, as not every model has a chat template."""
+TOLD_WITHIN_S = 0.1
+"""After a death, until all that ran have heard of it."""
+
+
+@dataclass
+class Suspect:
+    """A request that ran in an engine that died, and the engines that died while it ran alone."""
+
+    request: Request
+    cleared: asyncio.Future[Completion]
+    num_kills: int
+
+
+Remember = Callable[[list[Suspect], list[list[Suspect]], list[Suspect]], None]
+"""Told by an inquiry before each of its steps: who is going to run, the groups that wait for theirs, and who is guilty.
+Called in a thread."""
+
+
+def forget(running: list[Suspect], waiting: list[list[Suspect]], guilty: list[Suspect]) -> None:
+    """For who has no use for it."""
+
+
+def crash(num_kills: int) -> RowError:
+    """What becomes of a request that has killed too often."""
+    message = f"the engine died {num_kills} times while it ran this request alone"
+    return RowError("engine_crash", message, attempts=num_kills)
 
 
 class HostedEngine:
@@ -21,8 +49,8 @@ class HostedEngine:
 
     When the process dies, every request in it is a suspect. A new process runs the suspects again, the others wait. If
     it dies too, the suspects that were in it are halved, each half runs without the other, and so on: bystanders come
-    out well on the way, and a request that kills the engine `MAX_ATTEMPTS` times while it runs alone fails with
-    RowError `engine_crash`.
+    out well on the way, and a request that kills the engine `max_attempts` times while it runs alone, kills of its
+    row's lives before among them, fails with RowError `engine_crash`.
 
     That says something of the request only where the engine itself is sound, and how many died in a row does not tell:
     all that is left of a job may be poison. So after a process that died before it had answered anything, the next one
@@ -30,7 +58,14 @@ class HostedEngine:
     `MAX_STARTS` in a row die of that, it is an outage, and no request is to blame.
     """
 
-    def __init__(self, build: Build, config: EngineConfig, num_threads: int) -> None:
+    def __init__(
+        self,
+        build: Build,
+        config: EngineConfig,
+        num_threads: int,
+        max_attempts: int = MAX_ATTEMPTS,
+        remember: Remember = forget,
+    ) -> None:
         kind = DraftingConfig if isinstance(config, DraftingConfig) else EngineConfig
         plain = kind(**{field.name: getattr(config, field.name) for field in fields(kind)})
         self._arguments = (build, plain, num_threads)  # of its base class, so that the child imports no pool and no Ray
@@ -38,7 +73,8 @@ class HostedEngine:
         self._harmless = HARMLESS
         self._answered = False  # something, by this process
         self._tokens_before = 0  # made by processes that have died
-        self._suspects: list[tuple[Request, asyncio.Future[Completion]]] = []
+        self._max_attempts, self._remember = max_attempts, remember
+        self._suspects: list[Suspect] = []
         self._inquiry: asyncio.Task[None] | None = None
 
     async def generate(self, request: Request) -> Completion:
@@ -55,10 +91,18 @@ class HostedEngine:
             return await self._generate(request)
         except EngineDied:
             cleared: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-            self._suspects.append((request, cleared))
+            self._suspects.append(Suspect(request, cleared, request.num_kills))
             if self._inquiry is None:
                 self._inquiry = asyncio.create_task(self._inquire())
             return await cleared
+
+    async def prove(self) -> None:
+        """Answer something harmless; for who must know, before it asks for more, that the engine can.
+
+        Raises ConfigError and TransientError like `generate`.
+        """
+        with contextlib.suppress(RowError):  # it is refused: the engine has not died of it
+            await self.generate(replace(self._harmless, origin=None, num_kills=0))
 
     def stats(self) -> EngineStats:
         now = self._process.stats()
@@ -74,15 +118,18 @@ class HostedEngine:
 
     async def _inquire(self) -> None:
         """Run every suspect to its end, the guilty ones to theirs."""
-        groups: deque[list[tuple[Request, asyncio.Future[Completion]]]] = deque()
-        deaths: Counter[int] = Counter()
+        groups: deque[list[Suspect]] = deque()
+        guilty: list[Suspect] = []
         try:
+            await asyncio.sleep(TOLD_WITHIN_S)
+            await asyncio.to_thread(self._remember, list(self._suspects), [], [])
             await self._rebuild()
             while self._suspects or groups:
                 if self._suspects:
                     groups.append(self._suspects)
                     self._suspects = []
                 group = groups.popleft()
+                await asyncio.to_thread(self._remember, group, list(groups), guilty)
                 results = await asyncio.gather(*map(self._try, group))
                 dead = [suspect for suspect, died in zip(group, results, strict=True) if died]
                 if not dead:
@@ -90,28 +137,30 @@ class HostedEngine:
                 if len(group) > 1:
                     groups.extend(half for half in (dead[: len(dead) // 2], dead[len(dead) // 2 :]) if half)
                 else:
-                    ((request, cleared),) = group
-                    deaths[id(request)] += 1
-                    if deaths[id(request)] < MAX_ATTEMPTS:
+                    (suspect,) = group
+                    suspect.num_kills += 1
+                    if suspect.num_kills < self._max_attempts:
                         groups.append(group)
-                    elif not cleared.done():
-                        message = f"the engine died {MAX_ATTEMPTS} times while it ran this request alone"
-                        cleared.set_exception(RowError("engine_crash", message))
+                    else:
+                        guilty.append(suspect)
+                        await asyncio.to_thread(self._remember, [], list(groups), guilty)  # its unit may end with it
+                        if not suspect.cleared.done():
+                            suspect.cleared.set_exception(crash(suspect.num_kills))
                 await self._rebuild()  # last: everyone who still waits is in `groups` should it fail
         except BaseException as error:
-            for _, cleared in [*self._suspects, *(suspect for group in groups for suspect in group)]:
-                if not cleared.done():
-                    cleared.set_exception(error)
+            for suspect in [*self._suspects, *(suspect for group in groups for suspect in group)]:
+                if not suspect.cleared.done():
+                    suspect.cleared.set_exception(error)
             self._suspects = []
             raise
         finally:
             self._inquiry = None
 
-    async def _try(self, suspect: tuple[Request, asyncio.Future[Completion]]) -> bool:
+    async def _try(self, suspect: Suspect) -> bool:
         """Run one suspect; True if the engine died with it."""
-        request, cleared = suspect
+        cleared = suspect.cleared
         try:
-            completion = await self._generate(request)
+            completion = await self._generate(suspect.request)
         except EngineDied:
             return True
         except (RowError, ConfigError) as error:

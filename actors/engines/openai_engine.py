@@ -16,6 +16,10 @@ from actors.engines.base import OPENAI, Completion, EngineConfig, EngineStats, M
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 """Between two tries: twice as long each time, less up to half of it by chance, so that those who wait do not march."""
+NUM_ACCUSATIONS = 3
+"""Times in a row that an endpoint must fail a request and answer another right after, before that is to blame."""
+PROBE, PROBE_TOKENS = "Hello", 16
+"""What any endpoint that is there answers."""
 SETTINGS = {"model", "temperature", "top_p", "top_k", "stop", "seed"}
 """What every request has in common: an endpoint that refuses one of these refuses them all."""
 
@@ -48,7 +52,8 @@ class OpenAIEngine:
         """Make one candidate. Token counts are the endpoint's own: most count the end of sequence.
 
         Raises:
-            RowError: `rejected_by_endpoint` (its context is too short, for example) or `content_filter`.
+            RowError: `rejected_by_endpoint` (its context is too short, for example), `content_filter`, or
+                `failed_by_endpoint`: no answer for `retry_s` seconds from an endpoint that answers others meanwhile.
             ConfigError: the key, the model's name or a setting is refused.
             TransientError: no answer for `retry_s` seconds.
         """
@@ -71,9 +76,16 @@ class OpenAIEngine:
         """Connections end with the process or the client."""
 
     async def _persist(self, request: Request) -> Completion:
-        """Ask until there is an answer."""
+        """Ask until there is an answer.
+
+        After `retry_s` seconds without, the request itself may be what the endpoint fails at, every night again. Then
+        it is asked for something else after each failure. An endpoint that is out does not answer that; one that has
+        just come back does, and then it answers the request too.
+        """
         failed_at: float | None = None
+        num_accusations = 0
         for num_tries in range(1, 1 << 30):
+            is_crowded = False
             try:
                 async with asyncio.timeout(self._config.request_timeout_s):
                     completion = await self._ask(request)
@@ -83,9 +95,10 @@ class OpenAIEngine:
                 reason, asked_wait = self._clean(f"no connection: {error.__cause__ or error}"), 0.0
             except openai.APIStatusError as error:
                 self._raise_unless_transient(error)
+                is_crowded = error.status_code == 429
                 reason = f"status {error.status_code}: {self._said(error)}"
                 asked_wait = _retry_after(error.response.headers.get("retry-after"))
-                if error.status_code == 429 and failed_at is not None:  # crowded is not out: others are answered
+                if is_crowded and failed_at is not None:  # crowded is not out: others are answered
                     failed_at = max(failed_at, self._answered_at)
             except _Unreadable as error:
                 reason, asked_wait = f"an answer that cannot be read: {self._clean(str(error))}", 0.0
@@ -97,20 +110,39 @@ class OpenAIEngine:
             longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(num_tries - 1, 20))
             wait = max(asked_wait, longest * random.uniform(0.5, 1))
             if time.monotonic() + wait > failed_at + self._config.retry_s:
-                times = f"{num_tries} tries" if num_tries > 1 else "1 try"
-                raise TransientError(f"{self._host} is out ({times}, retry_s {self._config.retry_s:g}): {reason}")
+                if is_crowded or not await self._answers_others(request):
+                    times = f"{num_tries} tries" if num_tries > 1 else "1 try"
+                    raise TransientError(f"{self._host} is out ({times}, retry_s {self._config.retry_s:g}): {reason}")
+                num_accusations += 1
+                if num_accusations == NUM_ACCUSATIONS:
+                    raise RowError("failed_by_endpoint", f"{reason} (others are answered)", attempts=num_tries)
             await asyncio.sleep(wait)
         raise AssertionError("unreachable")
 
-    async def _ask(self, request: Request) -> Completion:
+    async def _answers_others(self, request: Request) -> bool:
+        """Whether the endpoint answers anything else now, asked as this request is."""
+        prompt: Messages | str = PROBE if isinstance(request.prompt, str) else (("user", PROBE),)
+        try:
+            async with asyncio.timeout(self._config.request_timeout_s):
+                await self._ask(Request(prompt, seed=0), PROBE_TOKENS)
+        except openai.APIStatusError as error:
+            return error.status_code not in (408, 409, 429) and error.status_code < 500
+        except (TimeoutError, openai.APIConnectionError, _Unreadable):
+            return False
+        except RowError:  # its content filter: an answer all the same
+            return True
+        return True
+
+    async def _ask(self, request: Request, max_tokens: int | None = None) -> Completion:
         config = self._config
+        max_tokens = max_tokens or config.max_tokens
         settings: dict[str, Any] = {
             "model": config.model,
             "temperature": config.temperature,
             "top_p": config.top_p,
             "seed": request.seed,
             # OpenAI's newer models refuse the older name, most other servers know no other.
-            "max_completion_tokens" if config.base_url is None else "max_tokens": config.max_tokens,
+            "max_completion_tokens" if config.base_url is None else "max_tokens": max_tokens,
         }
         if config.stop:
             settings["stop"] = config.stop
@@ -118,7 +150,7 @@ class OpenAIEngine:
             settings["extra_body"] = {"top_k": config.top_k}
         try:
             if isinstance(request.prompt, str):
-                settings["max_tokens"] = settings.pop("max_completion_tokens", config.max_tokens)
+                settings["max_tokens"] = settings.pop("max_completion_tokens", max_tokens)
                 answer: Any = await self._client.completions.create(prompt=request.prompt, **settings)
             else:
                 answer = await self._client.chat.completions.create(messages=_chat(request.prompt), **settings)

@@ -21,10 +21,10 @@ EXIT_WAIT_S = 10.0
 
 _WATCH = """
 import os, select, signal, sys, time
-select.select([int(sys.argv[1])], [], [])
+select.select([int(each) for each in sys.argv[2:]], [], [])
 for number in (signal.SIGTERM, *[0] * 30, signal.SIGKILL):
     try:
-        os.killpg(int(sys.argv[2]), number)
+        os.killpg(int(sys.argv[1]), number)
     except ProcessLookupError:
         break
     time.sleep(0.1)
@@ -253,13 +253,15 @@ def end_group_with_this_process() -> None:
     """Make this process the head of a process group which a small process ends when this one is gone, however it went.
 
     For an engine that has processes of its own below it. vLLM's engine core, or a rank in a collective, does not notice
-    when its owner is killed: it would keep its GPU for ever.
+    when its owner is killed: it would keep its GPU for ever. The group ends with this process's own owner, too: a
+    process that hangs cannot see to that, and Ray ends what an actor leaves behind in the actor's group only.
     """
     os.setpgid(0, 0)
-    this = os.pidfd_open(os.getpid())
-    command = [sys.executable, "-S", "-c", _WATCH, str(this), str(os.getpid())]
+    watched = [os.pidfd_open(pid) for pid in (os.getpid(), os.getppid())]
+    command = [sys.executable, "-S", "-c", _WATCH, str(os.getpid()), *map(str, watched)]
     nowhere = subprocess.DEVNULL
     subprocess.Popen(
-        command, pass_fds=[this], start_new_session=True, stdin=nowhere, stdout=nowhere, stderr=nowhere
+        command, pass_fds=watched, start_new_session=True, stdin=nowhere, stdout=nowhere, stderr=nowhere
     )  # never waited for: it ends after this process
-    os.close(this)
+    for descriptor in watched:
+        os.close(descriptor)

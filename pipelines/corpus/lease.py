@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from actors.contract import ConfigError, TransientError
 from pipelines.corpus.storage import Storage
 
 HEARTBEATS_PER_TTL = 6
@@ -51,16 +52,21 @@ class Lease:
             self._epoch = latest + 1
             if self._output.create(f"leases/{self._epoch:06d}.json", mine):
                 break
-        self._heartbeat()
+        self._heartbeat(self._output)
         self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Release the lease, if the store lets it: the body's own end, good or bad, is never hidden by that."""
         self._stop.set()
         self._thread.join()
-        self._output.create(f"leases/{self._epoch:06d}.released", b"")
+        patient = self._output.within(0 if error else self._ttl_s)  # no longer than the next job would wait for it
+        try:
+            patient.create(f"leases/{self._epoch:06d}.released", b"")
+        except (TransientError, ConfigError) as away:
+            self._announce(f"the lease on {self._output.url} is not released ({away}); it runs out by itself")
 
     def _latest(self) -> int:
         names = self._output.sizes("leases")
@@ -90,15 +96,15 @@ class Lease:
         except FileNotFoundError:
             return b""
 
-    def _heartbeat(self) -> None:
-        self._output.put(f"leases/{self._epoch:06d}.heartbeat", f"{time.time():.3f} {uuid.uuid4().hex}".encode())
+    def _heartbeat(self, output: Storage) -> None:
+        output.put(f"leases/{self._epoch:06d}.heartbeat", f"{time.time():.3f} {uuid.uuid4().hex}".encode())
 
     def _beat(self) -> None:
         while not self._stop.wait(self._ttl_s / HEARTBEATS_PER_TTL):
             try:
-                self._heartbeat()
-            except Exception:  # what an S3 client raises when it cannot connect is no OSError
-                continue  # a store that is away for a moment; the next beat tries again, and safety is elsewhere
+                self._heartbeat(self._output.within(0))
+            except Exception:  # a store that is away for a moment, whatever that looks like
+                continue  # the next beat tries again, and safety is elsewhere
 
 
 def _identity() -> dict[str, Any]:

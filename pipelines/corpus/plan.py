@@ -181,7 +181,8 @@ def _retries(
     rows: dict[tuple[str, int], list[int]] = {}
     for partition in state.partitions:
         for part in partition.manifest["quarantine"] if partition.manifest else []:
-            table = pq.read_table(output.path(part["path"]), columns=["unit", "source", "cause"], filesystem=output.fs)
+            with output.fs.open(output.path(part["path"])) as file:
+                table = pq.read_table(file, columns=["unit", "source", "cause"])
             for name, where, found in zip(*(table[column].to_pylist() for column in table.column_names), strict=True):
                 if found == cause:
                     unit = Unit.named(name)

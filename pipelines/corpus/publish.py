@@ -281,7 +281,7 @@ def _write(path: Path, tables: Iterator[pa.Table], metadata: Callable[[], dict[b
 def _described(output: Storage, path: str) -> tuple[dict[str, Any], dict[bytes, bytes]]:
     """A part as the manifest records it, and its key-value metadata."""
     checksum, size = hashlib.sha256(), 0
-    with output.fs.open(output.path(path), "rb") as file:
+    with output.fs.open(output.path(path)) as file:
         while chunk := file.read(1 << 22):
             checksum.update(chunk)
             size += len(chunk)
@@ -307,7 +307,7 @@ def _row_groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 def _read_unit(output: Storage, unit: Unit) -> pa.Table:
     """A unit's rows, pages verified, each of its input rows exactly once. Raises _DamagedUnit."""
     try:
-        raw = output.fs.open(output.path(unit.path), "rb")
+        raw = output.fs.open(output.path(unit.path))
     except FileNotFoundError as error:
         raise _DamagedUnit(unit) from error
     with raw:
@@ -315,7 +315,9 @@ def _read_unit(output: Storage, unit: Unit) -> pa.Table:
         try:
             table = pq.read_table(pa.PythonFile(file, mode="r"), page_checksum_verification=True)
         except Exception as error:
-            if file.error is not None or not is_damage(error):
+            if file.error is not None:
+                raise file.error from None
+            if not is_damage(error):
                 raise
             raise _DamagedUnit(unit) from Damaged(first_line(error))
     if table["source"].combine_chunks().field("row").to_pylist() != list(range(unit.start, unit.stop)):
@@ -347,9 +349,8 @@ def _manifest(
     plan = partition.plan
     causes: Counter[str] = Counter()
     for part in quarantine:
-        causes.update(
-            pq.read_table(output.path(part["path"]), columns=["cause"], filesystem=output.fs)["cause"].to_pylist()
-        )
+        with output.fs.open(output.path(part["path"])) as file:
+            causes.update(pq.read_table(file, columns=["cause"])["cause"].to_pylist())
     num_ok = sum(part["num_rows"] for part in corpus)
     if num_ok + causes.total() != plan["num_rows"]:
         raise ValueError(f"{num_ok} ok + {causes.total()} quarantined rows are not the {plan['num_rows']} that came in")
@@ -380,7 +381,7 @@ def _num_repeated_ids(output: Storage, corpus: list[dict[str, Any]]) -> int:
     """Rows whose prompt_id an earlier row of the partition has too, by 64-bit hashes: 8 bytes a row."""
     hashes = [np.empty(0, np.uint64)]
     for part in corpus:
-        with output.fs.open(output.path(part["path"]), "rb") as file:
+        with output.fs.open(output.path(part["path"])) as file:
             for batch in pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=["prompt_id"]):
                 hashes.append(pd.util.hash_array(batch["prompt_id"].to_numpy(zero_copy_only=False)))
     found = np.concatenate(hashes)

@@ -152,7 +152,9 @@ def _rows(source: Input, columns: list[str] | None, span: Span) -> Iterator[tupl
                 return
         raise OSError("the row group ends before the rows that the footer promises")
     except Exception as error:
-        if file.error is not None or not is_damage(error):
+        if file.error is not None:
+            raise file.error from None
+        if not is_damage(error):
             raise
         message = first_line(error)
     finally:

@@ -14,13 +14,13 @@ from typing import Any, Literal
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from actors.contract import ConfigError, option
 from pipelines.corpus import schema
 from pipelines.corpus.parquet import Damaged, read_footer
-from pipelines.corpus.storage import Storage, concurrently
+from pipelines.corpus.patience import PatientFileSystem
+from pipelines.corpus.storage import RETRY_S, Storage, concurrently
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,18 @@ class BadShard:
 
 
 class Input:
-    """The folder, file or glob that the prompts come from. Safe to pickle."""
+    """The folder, file or glob that the prompts come from. Safe to pickle.
 
-    def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
+    Its methods may raise TransientError and ConfigError, as those of `Storage` may.
+    """
+
+    def __init__(self, url: str, options: Mapping[str, Any] | None = None, retry_s: float = RETRY_S) -> None:
         self.url = url
         try:
-            self.fs, path = fsspec.core.url_to_fs(os.path.expanduser(url), **(options or {}))
+            raw, path = fsspec.core.url_to_fs(os.path.expanduser(url), **(options or {}))
         except (ValueError, ImportError) as error:
             raise ConfigError(f"input.path {url!r} cannot be opened: {error}") from error
+        self.fs = PatientFileSystem(raw, url, retry_s)
         self._pattern = path.rstrip("/") if len(path) > 1 else path
         self._is_folder = not _is_glob(self._pattern) and self.fs.isdir(self._pattern)
         self._is_searched = self._is_folder or _is_glob(self._pattern)
@@ -122,7 +126,7 @@ class Input:
     @property
     def root_url(self) -> str:
         """The folder that shards are named below, with its protocol."""
-        url: str = self.fs.unstrip_protocol(self.root)
+        url: str = self.fs.raw.unstrip_protocol(self.root)
         return url
 
     def listing(self) -> list[Listed]:
@@ -132,9 +136,9 @@ class Input:
         """
         self.fs.invalidate_cache()
         if _is_glob(self._pattern):
-            found = self.fs.glob(self._pattern, detail=True)
+            found = self.fs.glob(self._pattern)
         elif self._is_folder:
-            found = self.fs.find(self._pattern, detail=True)
+            found = self.fs.find(self._pattern)
             found = {path: info for path, info in found.items() if path.endswith((".parquet", ".pq"))}
         elif self.fs.exists(self._pattern):
             found = {self._pattern: self.fs.info(self._pattern)}
@@ -151,7 +155,7 @@ class Input:
 
     def refuse_own_output(self, output: Storage) -> None:
         """Raise ConfigError where the search for shards would find what is written to `output`: it would align that."""
-        if type(self.fs) is not type(output.fs):
+        if type(self.fs.raw) is not type(output.fs.raw):
             return
         root = os.path.realpath(output.root) if output.is_local else output.root
         for path in ("units/x.parquet", "corpus/run=000001/part-00000.parquet", "quarantine/run=000001/part-0.parquet"):
@@ -163,7 +167,7 @@ class Input:
 
     def _would_find(self, path: str) -> bool:
         """Whether a Parquet file at the file system's own path would be listed."""
-        root = os.path.realpath(self.root) if isinstance(self.fs, LocalFileSystem) else self.root
+        root = os.path.realpath(self.root) if self.fs.is_local else self.root
         below = path.removeprefix(root.rstrip("/") + "/")
         if below == path or _is_hidden(below) or not self._is_searched:
             return False
@@ -177,7 +181,7 @@ class Input:
         """
         path = f"{self.root}/{shard.path}"
         try:
-            file = self.fs.open(path, "rb", cache_type="none")
+            file = self.fs.open(path, cache_type="none")
         except FileNotFoundError:
             raise ConfigError(f"shard {shard.path} has gone since it was planned; run again") from None
         info = self.fs.info(path)

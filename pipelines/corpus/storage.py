@@ -1,6 +1,8 @@
 """All access to the output root, and the create-if-absent primitive that every guarantee of this project rests on."""
 
 import contextlib
+import copy
+import errno
 import os
 import tempfile
 import time
@@ -8,6 +10,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,10 +18,16 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from actors.contract import ConfigError
+from pipelines.corpus.patience import PatientFileSystem
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 SCRATCH = ".scratch"
 SCRATCH_LIFE_S = 86_400.0
 COMPARED_AT_ONCE = 1 << 22
+RETRY_S = 300.0
+WITHOUT_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 
 class Storage:
@@ -27,20 +36,31 @@ class Storage:
     Paths given to its methods are relative to that folder, with `/` between their parts. An object is either absent or
     whole: readers never see a part of one. Safe to pickle and to share between processes and nodes.
 
+    Every method may raise TransientError, when the store was out for `retry_s` seconds or a disk is full, and
+    ConfigError for what a person must see to first; see `PatientFileSystem`.
+
     Args:
         url: the folder. It is made on the first write.
         options: keyword arguments of the fsspec file system, such as `endpoint_url`. Never secrets: those come from the
             environment, where fsspec's file systems look for them.
+        retry_s: seconds that the store may be out.
     """
 
-    def __init__(self, url: str, options: dict[str, Any] | None = None) -> None:
+    def __init__(self, url: str, options: dict[str, Any] | None = None, retry_s: float = RETRY_S) -> None:
         self.url = url.rstrip("/") or "/"
         try:
-            self.fs, root = fsspec.core.url_to_fs(os.path.expanduser(url), **(options or {}))
+            raw, root = fsspec.core.url_to_fs(os.path.expanduser(url), **(options or {}))
         except (ValueError, ImportError) as error:
             raise ConfigError(f"cannot open {url!r}: {error}") from error
         self.root = root.rstrip("/")
-        self.is_local = isinstance(self.fs, LocalFileSystem)
+        self.fs = PatientFileSystem(raw, self.url, retry_s)
+        self.is_local = self.fs.is_local
+
+    def within(self, retry_s: float) -> "Storage":
+        """The same folder, with at most so much patience."""
+        other = copy.copy(self)
+        other.fs = self.fs.within(retry_s)
+        return other
 
     def path(self, path: str) -> str:
         """The file system's own path of `path`. Raises ValueError where it would climb out of the root."""
@@ -52,25 +72,27 @@ class Storage:
 
     def read(self, path: str) -> bytes:
         """The object's bytes. Raises FileNotFoundError."""
-        data: bytes = self.fs.cat_file(self.path(path))
-        return data
+        return self.fs.cat_file(self.path(path))
 
     def exists(self, path: str) -> bool:
         self.fs.invalidate_cache()
-        return bool(self.fs.exists(self.path(path)))
+        return self.fs.exists(self.path(path))
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Name -> bytes of every object directly in `folder`, in name order; {} where there is no such folder."""
         if self.is_local:  # scandir: fsspec's own listing asks twice for each file, and there may be 100,000
-            try:
+
+            def scanned() -> dict[str, int]:
                 with os.scandir(self.path(folder)) as entries:
-                    found = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+                    return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
+            try:
+                return dict(sorted(self.fs.persist(f"listing {folder}", scanned).items()))
             except FileNotFoundError:
                 return {}
-            return dict(sorted(found.items()))
         self.fs.invalidate_cache()
         try:
-            entries = self.fs.ls(self.path(folder), detail=True)
+            entries = self.fs.ls(self.path(folder))
         except FileNotFoundError:
             return {}
         found = {entry["name"].rsplit("/", 1)[1]: entry["size"] for entry in entries if entry["type"] == "file"}
@@ -80,7 +102,7 @@ class Storage:
         """Names of the folders directly in `folder`, in order."""
         self.fs.invalidate_cache()
         try:
-            entries = self.fs.ls(self.path(folder), detail=True)
+            entries = self.fs.ls(self.path(folder))
         except FileNotFoundError:
             return []
         return sorted(entry["name"].rstrip("/").rsplit("/", 1)[1] for entry in entries if entry["type"] == "directory")
@@ -100,11 +122,9 @@ class Storage:
 
     def create_file(self, path: str, write: Callable[[Path], None]) -> bool:
         """`create`, for an object too large for memory: `write` fills the local scratch file that it is given."""
-        with self._scratch(path) as scratch:
-            write(scratch)
+        with self._scratch(path, write) as scratch:
             if self.is_local:
-                _sync(scratch)
-                return self._link(scratch, path)
+                return self._told(path, lambda: self._link(scratch, path))
             return self._put_if_absent(scratch, path)
 
     def put(self, path: str, data: bytes) -> None:
@@ -112,9 +132,8 @@ class Storage:
         if not self.is_local:
             self.fs.pipe_file(self.path(path), data)
             return
-        with self._scratch(path) as scratch:
-            scratch.write_bytes(data)
-            os.replace(scratch, self._made(path))
+        with self._scratch(path, lambda scratch: scratch.write_bytes(data)) as scratch:
+            self._told(path, lambda: os.replace(scratch, self._made(path)))
 
     def delete(self, paths: list[str]) -> None:
         """Delete objects; one that is gone already is no error."""
@@ -124,7 +143,7 @@ class Storage:
                     self.fs.rm([self.path(path) for path in paths[start : start + 1000]])
             return
         for path in paths:
-            Path(self.path(path)).unlink(missing_ok=True)
+            self.fs.told(f"deleting {path}", partial(Path(self.path(path)).unlink, missing_ok=True))
 
     def sweep(self) -> None:
         """Delete the scratch files that writers killed more than a day ago left at a local root."""
@@ -137,16 +156,32 @@ class Storage:
     # --- how --------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _scratch(self, path: str) -> Iterator[Path]:
-        """A local file to fill: on the root's own file system where that is local, so that a link can publish it."""
+    def _scratch(self, path: str, write: Callable[[Path], object]) -> Iterator[Path]:
+        """A local file that `write` has filled: on the root's own file system where that is local, so that a link can
+        publish it."""
         name = f"{uuid.uuid4().hex}-{path.rsplit('/', 1)[-1]}"
         folder = Path(self.path(SCRATCH)) if self.is_local else Path(tempfile.gettempdir())
-        folder.mkdir(parents=True, exist_ok=True)
         scratch = folder / name
+
+        def fill() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write(scratch)
+            if self.is_local:
+                _sync(scratch)
+
         try:
+            if self.is_local:
+                self._told(path, fill)
+            else:
+                PatientFileSystem(LocalFileSystem(), str(folder), 0).told(f"writing {name}", fill)
             yield scratch
         finally:
-            scratch.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what made writing fail may make this fail, too; `sweep` sees to it
+                scratch.unlink(missing_ok=True)
+
+    def _told(self, path: str, call: Callable[[], Result]) -> Result:
+        """call(), once, its errors told as those of writing `path`."""
+        return self.fs.told(f"writing {path}", call)
 
     def _made(self, path: str) -> Path:
         target = Path(self.path(path))
@@ -160,28 +195,40 @@ class Storage:
         except FileExistsError:
             return False
         except OSError as error:
+            if error.errno not in WITHOUT_LINKS:
+                raise
             raise ConfigError(f"{self.url} must be on a file system with hard links: {error}") from error
         _sync(target.parent)
         return True
 
     def _put_if_absent(self, scratch: Path, path: str) -> bool:
-        """Conditional put. A refusal and a lost answer look alike to the caller, so both end in reading back."""
+        """Conditional put. A refusal and a lost answer look alike to the caller, so both end in reading back.
+
+        A put that stored nothing is made again while that may help. Should one that was given up arrive after all, the
+        next is refused, and finds the object to be ours.
+        """
         target = self.path(path)
-        try:
-            self.fs.put_file(str(scratch), target, mode="create")
-            return True
-        except Exception as error:
-            self.fs.invalidate_cache()
+
+        def put() -> bool:
             try:
-                return self._holds(target, scratch)
-            except FileNotFoundError:
-                raise error from None  # neither ours nor another's: the put itself failed
+                self.fs.raw.put_file(str(scratch), target, mode="create")
+                return True
+            except Exception as error:
+                self.fs.invalidate_cache()
+                try:
+                    return self._holds(target, scratch)
+                except FileNotFoundError:
+                    if isinstance(error, FileNotFoundError):
+                        raise ConfigError(f"{self.url} cannot be written: there is no such bucket") from error
+                    raise error from None  # neither ours nor another's: the put itself failed
+
+        return self.fs.persist(f"writing {path}", put)
 
     def _holds(self, target: str, scratch: Path) -> bool:
         """Whether the object there has the scratch file's bytes. Most of another's differ in size already."""
         if self.fs.info(target)["size"] != scratch.stat().st_size:
             return False
-        with self.fs.open(target, "rb") as found, scratch.open("rb") as ours:
+        with self.fs.open(target) as found, scratch.open("rb") as ours:
             while chunk := ours.read(COMPARED_AT_ONCE):
                 if found.read(COMPARED_AT_ONCE) != chunk:
                     return False
@@ -194,10 +241,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def concurrently(

@@ -26,3 +26,11 @@ def test_a_report_that_says_nothing_new_is_no_progress() -> None:
     board.report("policy", "a", Snapshot(num_rows=2))
     ((_, moved_s),) = board.read()["policy"]
     assert moved_s < idle_s
+
+
+def test_what_was_in_flight_on_a_replica_is_known_until_it_reports_anew() -> None:
+    board = Board()
+    assert board.units_of("policy", "a") == ()
+    board.report("policy", "a", Snapshot(units=("u1", "u2")))
+    assert board.units_of("policy", "a") == ("u1", "u2")
+    assert board.units_of("aligner", "a") == board.units_of("policy", "b") == ()

@@ -1,9 +1,11 @@
 """The unit table's packed form, and seeds."""
 
+import pickle
+
 import pyarrow as pa
 import pytest
 
-from actors.contract import candidate_seed, label, pack, unpack, with_column
+from actors.contract import RowError, candidate_seed, label, pack, unpack, with_column
 
 
 def unit_of(num_rows: int) -> pa.Table:
@@ -55,3 +57,21 @@ def test_seeds_differ_by_run_stage_candidate_and_prompt_and_by_nothing_else() ->
     assert len(seeds) == 36
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert candidate_seed(0, "a", 0, "policy") == 1591865592449251193  # another value would be another corpus
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RowError("prompt_too_long", "9 tokens: too many"), "prompt_too_long: 9 tokens: too many"),
+        (
+            RowError("engine_crash", "(2 attempts): died\nand died", 3),
+            "engine_crash (3 attempts): (2 attempts): died\nand died",
+        ),
+        (RowError("no_candidate", ""), "no_candidate: "),
+    ],
+)
+def test_a_row_error_is_read_back_from_its_text(error: RowError, text: str) -> None:
+    assert str(error) == text
+    found = RowError.parse(text)
+    assert (found.cause, found.message, found.attempts) == (error.cause, error.message, error.attempts)
+    assert pickle.loads(pickle.dumps(error)).attempts == error.attempts

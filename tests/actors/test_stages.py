@@ -1,6 +1,7 @@
 """The policy and aligner stages on packed units, with a scripted engine: candidates, failures, provenance."""
 
 import asyncio
+import json
 from typing import Any
 
 import pyarrow as pa
@@ -38,36 +39,66 @@ class Scripted:
     def close(self) -> None: ...
 
 
+class Told:
+    def __await__(self) -> Any:
+        return iter(())
+
+
 class Reports:
     def __init__(self, *arguments: Any) -> None: ...
 
     def report(self) -> Any:
-        return asyncio.sleep(0)
+        return Told()
 
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Scripted:
     scripted = Scripted()
 
-    def build(config: EngineConfig, num_threads: int) -> Any:
+    def build(config: EngineConfig, *arguments: Any) -> Any:
         from actors.engines import StoredEngine
 
         return StoredEngine(config) if config.engine == "stored" else scripted
 
     monkeypatch.setattr("actors.pool.build_engine", build)
     monkeypatch.setattr("actors.pool.Reporter", Reports)
+    monkeypatch.setattr("actors.pool.units_before", lambda board, pool: ())
     return scripted
+
+
+class Kept:
+    """Notes in memory."""
+
+    def __init__(self) -> None:
+        self.notes: dict[tuple[str, str], Any] = {}
+        self.at_start: dict[tuple[str, str], Any] = {}
+        self.written: list[Any] = []
+
+    def read(self, unit: str, stage: str) -> Any | None:
+        return self.notes.get((unit, stage))
+
+    def found(self, unit: str, stage: str) -> Any | None:
+        return self.at_start.get((unit, stage))
+
+    def write(self, unit: str, stage: str, note: Any) -> None:
+        self.notes[unit, stage] = json.loads(json.dumps(note))
+        self.written.append(self.notes[unit, stage])
+
+    def forget(self, unit: str, stage: str) -> None:
+        self.notes.pop((unit, stage), None)
 
 
 def policy(**keys: Any) -> PolicyStage:
     first = keys.pop("first_candidate", 0)
-    return PolicyStage(
-        PolicyConfig(model="m", **keys), run_seed=7, first_candidate=first, name="policy", board=None, sharers=1
-    )
+    return PolicyStage(PolicyConfig(model="m", **keys), first_candidate=first, name="policy", **shared())
 
 
 def aligner(**keys: Any) -> AlignerStage:
-    return AlignerStage(AlignerConfig(model="a", **keys), run_seed=7, name="aligner", board=None, sharers=1)
+    return AlignerStage(AlignerConfig(model="a", **keys), name="aligner", **shared())
+
+
+def shared() -> dict[str, Any]:
+    return {"run_seed": 7, "board": None, "sharers": 1, "notes": Kept(), "max_attempts": 3}
 
 
 def unit_of(prompts: list[str | None], **columns: Any) -> pa.Table:
@@ -401,7 +432,7 @@ def test_rows_count_as_they_are_made_and_not_with_their_unit(engine: Scripted, m
 def test_a_mistake_found_by_the_engine_is_told_with_the_first_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray prints what a constructor raises, and its retries, before anyone here can make one line of it."""
 
-    def build(config: EngineConfig, num_threads: int) -> Any:
+    def build(config: EngineConfig, *arguments: Any) -> Any:
         raise ConfigError("the model is wrong")
 
     monkeypatch.setattr("actors.pool.build_engine", build)

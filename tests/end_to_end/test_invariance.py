@@ -21,6 +21,7 @@ from actors.engines.torch_engine import TorchEngine
 from actors.policy import PolicyStage
 from pipelines.config import compose
 from pipelines.corpus import plan as planning
+from pipelines.corpus.attempts import Attempts
 from pipelines.corpus.plan import make_plan
 from pipelines.corpus.read import read_spans
 from pipelines.corpus.shards import Input
@@ -131,7 +132,10 @@ def rows_of(
 ) -> Callable[[Cut], list[Row]]:
     """Makes the rows of the first shard of `job` in this process, through the same plan, reader and stages."""
     monkeypatch.setattr(actors.pool, "Reporter", Silent)
-    monkeypatch.setattr(actors.pool, "build_engine", TorchEngine)  # in this process, where a mutation reaches it
+    monkeypatch.setattr(actors.pool, "units_before", lambda board, pool: ())
+    monkeypatch.setattr(  # in this process, where a mutation reaches it
+        actors.pool, "build_engine", lambda config, num_threads, *_: TorchEngine(config, num_threads)
+    )
 
     def make(cut: Cut) -> list[Row]:
         extra = [f"input.path={prompts / 'shard-0.parquet'}", f"output.root={tmp_path}"]
@@ -147,7 +151,8 @@ def rows_of(
 
 
 async def aligned(config: AlignCorpusConfig, units: list[Any]) -> list[Row]:
-    shared = {"run_seed": config.run.seed, "board": None, "sharers": 2}
+    notes = Attempts(Storage(config.output.root))
+    shared = {"run_seed": config.run.seed, "board": None, "sharers": 2, "notes": notes, "max_attempts": 3}
     policy = PolicyStage(config=config.policy, name="policy", **shared)
     aligner = AlignerStage(config=config.aligner, name="aligner", **shared)
     rows: list[Row] = []
@@ -171,10 +176,10 @@ def seeds_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
     columns = PolicyStage.columns
     counter = itertools.count()
 
-    async def counted(self: PolicyStage, unit: Any) -> Any:
+    async def counted(self: PolicyStage, name: str, unit: Any) -> Any:
         nonlocal counter
         counter = itertools.count()
-        return await columns(self, unit)
+        return await columns(self, name, unit)
 
     monkeypatch.setattr(PolicyStage, "columns", counted)
     monkeypatch.setattr(actors.policy, "candidate_seed", lambda *_: next(counter))

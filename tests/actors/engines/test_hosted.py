@@ -15,8 +15,9 @@ import pytest
 
 from actors.contract import ConfigError, RowError, TransientError
 from actors.engines.base import Completion, EngineConfig, EngineStats, Request
-from actors.engines.hosted import HARMLESS, MAX_ATTEMPTS, MAX_STARTS, HostedEngine
-from actors.engines.process import EngineDied, EngineProcess
+from actors.engines.hosted import HARMLESS, MAX_ATTEMPTS, MAX_STARTS, HostedEngine, Suspect
+from actors.engines.process import EngineDied, EngineProcess, end_group_with_this_process
+from tests.processes import assert_gone
 
 DOES_NOT_START = f"does not start: the engine's process ended with 7 while it was starting, {MAX_STARTS} times over"
 
@@ -25,7 +26,7 @@ class Scripted:
     """Answers with the prompt; `poison` in it kills the process, and every start is noted in a file.
 
     Beside that file, `.broken` ends each start, `.broken-once` the next one, `.slow` makes it take a minute, and
-    `.deadly` makes every prompt kill but the one that stands in it.
+    `.deadly` makes every prompt kill but the one that stands in it, and `.grouped` gives it a group of its own.
     """
 
     def __init__(self, config: EngineConfig, num_threads: int) -> None:
@@ -41,6 +42,8 @@ class Scripted:
             os._exit(7)
         if self.starts.with_suffix(".slow").exists():
             time.sleep(60)
+        if self.starts.with_suffix(".grouped").exists():
+            end_group_with_this_process()
 
     async def generate(self, request: Request) -> Completion:
         assert isinstance(request.prompt, str)
@@ -130,6 +133,36 @@ def test_a_death_from_outside_costs_no_request(starts: Path) -> None:
     assert asyncio.run(killed()) == ["A", "B", "C", "D"]
     engine.close()
     assert num_starts(starts) == 2
+
+
+def test_what_an_engine_dies_of_is_told_step_by_step(starts: Path) -> None:
+    told: list[tuple[list[str], list[list[str]], list[str]]] = []
+
+    def names(suspects: list[Suspect]) -> list[str]:
+        return sorted(str(suspect.request.prompt) for suspect in suspects)
+
+    def remember(running: list[Suspect], waiting: list[list[Suspect]], guilty: list[Suspect]) -> None:
+        told.append((names(running), [names(group) for group in waiting], names(guilty)))
+
+    engine = HostedEngine(Scripted, config_of(starts), 1, max_attempts=2, remember=remember)
+    asyncio.run(ask(engine, ["a", "poison"]))
+    engine.close()
+    both, alone = ["a", "poison"], ["poison"]
+    steps = [(both, [], []), (both, [], []), (["a"], [alone], []), (alone, [], []), (alone, [], []), ([], [], alone)]
+    assert told == steps
+
+
+def test_kills_in_lives_before_count(starts: Path) -> None:
+    engine = HostedEngine(Scripted, config_of(starts), 1, max_attempts=3)
+
+    async def killing() -> None:
+        await engine.generate(Request("poison", 0, num_kills=2))
+
+    with pytest.raises(RowError) as told:
+        asyncio.run(killing())
+    engine.close()
+    assert (told.value.cause, told.value.attempts) == ("engine_crash", 3)
+    assert num_starts(starts) <= 1 + 2
 
 
 def test_requests_that_come_during_an_inquiry_wait_and_are_answered(starts: Path) -> None:
@@ -264,7 +297,23 @@ from actors.engines.process import EngineProcess
 from tests.actors.engines.test_hosted import Scripted
 
 EngineProcess(Scripted, EngineConfig(model=sys.argv[1]), 1)
+print("ready", flush=True)
+sys.stdin.read()
 """
+
+
+def test_a_hanging_engine_with_a_group_of_its_own_ends_with_its_owner(starts: Path) -> None:
+    """Ray ends what is in the group of an actor that died; who leaves that group must see to itself."""
+    starts.with_suffix(".grouped").touch()
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    command = [sys.executable, "-c", OWNER, str(starts)]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"ready\n"
+        engine = psutil.Process(int(starts.read_text()))
+        engine.suspend()
+        owner.kill()
+    assert_gone([engine])
 
 
 def test_an_engine_that_is_still_being_built_ends_with_its_owner(starts: Path) -> None:

@@ -169,6 +169,34 @@ def test_an_outage_that_lasts_is_a_transient_error_not_a_row_error() -> None:
     assert isinstance(error, TransientError)
 
 
+async def _fails_poison(request: web.Request) -> web.Response:
+    return refusal(500, "it broke") if "poison" in await request.text() else answer()
+
+
+def test_a_request_that_the_endpoint_always_fails_at_is_a_row_error_where_others_are_answered() -> None:
+    endpoint = Endpoint(_fails_poison)
+    poison, well = ask(endpoint, Request((("user", "poison"),), 0), CHAT, retry_s=0.2)
+    assert well.text == "hello"
+    assert isinstance(poison, RowError)
+    assert (poison.cause, poison.message) == ("failed_by_endpoint", "status 500: it broke (others are answered)")
+    bodies = [str(body) for _, body in endpoint.asked]
+    assert poison.attempts == sum("poison" in body for body in bodies) > openai_engine.NUM_ACCUSATIONS
+    assert bodies.index(next(body for body in bodies if "Hello" in body)) > 3, "only after `retry_s` is it accused"
+    assert sum("Hello" in body for body in bodies) == openai_engine.NUM_ACCUSATIONS
+
+
+def test_an_endpoint_that_comes_back_while_a_request_is_accused_answers_it() -> None:
+    failures = [refusal] * 40
+
+    async def back(request: web.Request) -> web.Response:
+        if "Hello" in await request.text():
+            failures.clear()  # it is up again the moment that it is asked for something else
+        return failures.pop()(503) if failures else answer()
+
+    [made] = ask(Endpoint(back), retry_s=0.2)
+    assert made.text == "hello"
+
+
 def test_nobody_listening_is_a_transient_error() -> None:
     [error] = ask(Endpoint(lambda _: answer()), base_url=f"http://127.0.0.1:{free_port()}/v1", retry_s=0.1)
     assert isinstance(error, TransientError)

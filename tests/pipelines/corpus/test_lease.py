@@ -1,5 +1,7 @@
 """The lease: a second job waits, then refuses a living first one, and takes over from a dead or silent one."""
 
+import contextlib
+import errno
 import json
 import os
 import socket
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from actors.contract import TransientError
 from pipelines.corpus import lease as lease_module
 from pipelines.corpus.lease import Held, Lease
 from pipelines.corpus.storage import Storage
@@ -178,3 +181,21 @@ def test_the_heart_beats_on_after_an_outage_of_the_store(
             time.sleep(0.02)
         assert not failures
         assert local_output.read("leases/000001.heartbeat") != first
+
+
+@pytest.mark.parametrize("raised", [None, TransientError("s3://b is out"), RuntimeError("a bug")], ids=repr)
+def test_a_store_that_is_away_at_the_end_hides_nothing(
+    local_output: Storage, monkeypatch: pytest.MonkeyPatch, raised: Exception | None
+) -> None:
+    def away(*args: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    told: list[str] = []
+    expected = pytest.raises(type(raised)) if raised else contextlib.nullcontext()
+    with expected as found, Lease(local_output, 0.5, announce=told.append):
+        monkeypatch.setattr("os.link", away)
+        if raised:
+            raise raised
+    assert found is None or found.value is raised
+    (message,) = told
+    assert message.startswith(f"the lease on {local_output.url} is not released ({local_output.url} is out (")

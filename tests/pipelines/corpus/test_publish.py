@@ -332,7 +332,7 @@ def test_a_publisher_killed_before_any_change_on_s3_leaves_what_the_next_one_com
     s3_output: Storage,
 ) -> None:
     numbers = iter(range(100))
-    options = {"endpoint_url": s3_output.fs.endpoint_url}
+    options = {"endpoint_url": s3_output.fs.raw.endpoint_url}
     assert _crash_everywhere(lambda: Storage(f"{s3_output.url}/{next(numbers)}", options)) >= 7
 
 

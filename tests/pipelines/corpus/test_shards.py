@@ -1,6 +1,7 @@
 """Finding shards, telling their versions apart, and refusing those of which no row can be read."""
 
 import dataclasses
+import errno
 import os
 import pickle
 import random
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actors.contract import ConfigError
+from actors.contract import ConfigError, TransientError
 from pipelines.corpus import schema
 from pipelines.corpus.shards import BadShard, Input, InputConfig, shard_of, shard_record
 from pipelines.corpus.storage import Storage
@@ -44,7 +45,7 @@ def test_folder_file_and_glob_on_s3_name_a_shard_and_its_version_alike(s3_output
     local = write_shard(tmp_path / "a.parquet", 2)
     s3_output.put("in/a.parquet", local.read_bytes())
     s3_output.put("in/deep/b.parquet", local.read_bytes())
-    options = {"endpoint_url": s3_output.fs.endpoint_url}
+    options = {"endpoint_url": s3_output.fs.raw.endpoint_url}
     folder, file, glob, deep = (
         Input(f"{s3_output.url}/in{end}", options).listing()
         for end in ("", "/a.parquet", "/*.parquet", "/**/*.parquet")
@@ -163,7 +164,7 @@ def test_an_output_in_the_input_is_refused_on_s3_and_one_on_another_store_is_not
 ) -> None:
     path = write_shard(tmp_path / "a.parquet", 1)
     s3_output.put("in/a.parquet", path.read_bytes())
-    options = {"endpoint_url": s3_output.fs.endpoint_url}
+    options = {"endpoint_url": s3_output.fs.raw.endpoint_url}
     source = Input(f"{s3_output.url}/in", options)
     with pytest.raises(ConfigError, match="is searched"):
         source.refuse_own_output(Storage(f"{s3_output.url}/in/aligned", options))
@@ -248,14 +249,14 @@ def test_a_footer_larger_than_the_first_read_is_read_whole(tmp_path: Path) -> No
 
 def test_a_store_error_while_reading_footers_is_no_bad_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shard(tmp_path / "a.parquet", 5)
-    source = Input(str(tmp_path))
+    source = Input(str(tmp_path), retry_s=0)
     listing = source.listing()
 
     def unreachable(*args: Any, **kwargs: Any) -> bytes:
-        raise ConnectionError("the store is away")
+        raise OSError(errno.ETIMEDOUT, "the store is away")
 
-    monkeypatch.setattr(source.fs, "cat_file", unreachable)
-    with pytest.raises(ConnectionError, match="the store is away"):
+    monkeypatch.setattr(source.fs.raw, "cat_file", unreachable)
+    with pytest.raises(TransientError, match="the store is away"):
         source.footers(listing, CONFIG, {})
 
 

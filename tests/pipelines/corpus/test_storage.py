@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import ClientPayloadError
 
-from actors.contract import ConfigError
+from actors.contract import ConfigError, TransientError
 from pipelines.corpus.storage import SCRATCH, SCRATCH_LIFE_S, Storage
 
 KB = 1024
@@ -135,7 +137,7 @@ def test_sizes_and_folders_tell_files_from_folders_and_see_only_their_own_level(
 
 def test_a_listing_sees_what_another_process_has_just_written(output: Storage) -> None:
     other = pickle.loads(pickle.dumps(output))
-    other.fs.clear_instance_cache()
+    other.fs.raw.clear_instance_cache()
     assert output.sizes("units") == {}
     other.create("units/a", b"1")
     assert output.sizes("units") == {"a": 1}
@@ -199,23 +201,23 @@ def test_an_unknown_protocol_is_the_users_mistake() -> None:
 # --- an answer that is lost on the way back -------------------------------------------------------------------------
 
 
-class _LostAnswer(Exception):
-    """What an S3 client raises is no OSError where the connection breaks."""
-
-
-def _break_puts(output: Storage, monkeypatch: pytest.MonkeyPatch, store: bytes | None) -> None:
+def _break_puts(output: Storage, monkeypatch: pytest.MonkeyPatch, store: bytes | None, times: int = 1 << 30) -> None:
     """Make conditional puts fail after `store`, or the caller's own bytes for b"", came to be there; None: nothing."""
-    put_file = output.fs.put_file
+    put_file = output.fs.raw.put_file
+    failures = iter(range(times))
 
     def lossy(local: str, remote: str, **kwargs: Any) -> None:
+        if next(failures, None) is None:
+            put_file(local, remote, **kwargs)
+            return
         if store is not None:
             if store:
-                output.fs.pipe_file(remote, store)
+                output.fs.raw.pipe_file(remote, store)
             else:
                 put_file(local, remote, **kwargs)
-        raise _LostAnswer("connection reset by peer")
+        raise ClientPayloadError("connection reset by peer")  # which is no OSError
 
-    monkeypatch.setattr(output.fs, "put_file", lossy)
+    monkeypatch.setattr(output.fs.raw, "put_file", lossy)
 
 
 def test_a_put_whose_answer_is_lost_still_counts_as_ours(s3_output: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +243,7 @@ def test_anothers_object_of_another_size_is_not_read_to_tell_that_it_is_not_ours
         raise AssertionError("the object was read")
 
     for name in ("cat_file", "open"):
-        monkeypatch.setattr(s3_output.fs, name, unread)
+        monkeypatch.setattr(s3_output.fs.raw, name, unread)
     assert not s3_output.create("units/a", b"second")
 
 
@@ -256,23 +258,53 @@ def test_objects_of_one_size_are_compared_to_their_last_byte_a_few_mib_at_once(
     def whole(*args: Any, **kwargs: Any) -> bytes:
         raise AssertionError("the object was read at once")
 
-    monkeypatch.setattr(s3_output.fs, "cat_file", whole)
+    monkeypatch.setattr(s3_output.fs.raw, "cat_file", whole)
     assert s3_output.create("units/ours", ours)
     assert not s3_output.create("units/anothers", ours)
 
 
-def test_a_put_that_stored_nothing_raises_its_own_error(s3_output: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_puts_that_store_nothing_are_an_outage(s3_output: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     _break_puts(s3_output, monkeypatch, store=None)
-    with pytest.raises(_LostAnswer, match="connection reset"):
-        s3_output.create("units/a", b"ours")
+    with pytest.raises(TransientError) as told:
+        s3_output.within(0.5).create("units/a", b"ours")
+    assert re.fullmatch(
+        rf"{s3_output.url} is out \([2-9] tries, site.storage_retry_s 0.5\): writing units/a: connection reset by peer",
+        str(told.value),
+    )
     assert not s3_output.exists("units/a")
 
 
-def test_wrong_credentials_are_an_error_and_not_a_lost_race(
+def test_a_put_that_stored_nothing_is_made_again(s3_output: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    _break_puts(s3_output, monkeypatch, store=None, times=2)
+    assert s3_output.create("units/a", b"ours")
+    assert s3_output.read("units/a") == b"ours"
+
+
+def test_a_put_that_arrives_after_it_was_given_up_still_counts_as_ours(
+    s3_output: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_file, tries = s3_output.fs.raw.put_file, []
+
+    def late(local: str, remote: str, **kwargs: Any) -> None:
+        tries.append(remote)
+        if len(tries) == 1:
+            raise TimeoutError  # nothing is there when it is read back,
+        if len(tries) == 2:
+            put_file(local, remote, **kwargs)  # and then the first one arrives
+        put_file(local, remote, **kwargs)
+
+    monkeypatch.setattr(s3_output.fs.raw, "put_file", late)
+    assert s3_output.create("units/a", b"ours")
+    assert len(tries) == 2
+
+
+def test_wrong_credentials_are_a_mistake_and_not_a_lost_race(
     s3_output: Storage, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     stranger = Storage(s3_output.url, {"endpoint_url": s3_endpoint, "skip_instance_cache": True})
-    with pytest.raises(OSError):  # noqa: PT011 - S3 file systems have no narrower type
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match=f"{s3_output.url} refuses: looking up .*units/a"):
         stranger.create("units/a", b"x")
+    assert time.monotonic() - begun < 5
     assert not s3_output.exists("units/a")
