@@ -74,9 +74,17 @@ class ModelStage:
         config: of the pool.
         board: handle of the job's board.
         sharers: replicas that compute on CPUs; at worst they all share the cores of one node.
+        build: makes the engine; the one that `config` names where it is not given.
     """
 
-    def __init__(self, name: str, config: PoolConfig, board: Any, sharers: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: PoolConfig,
+        board: Any,
+        sharers: int,
+        build: Callable[[Any, int], Engine] | None = None,
+    ) -> None:
         self._snapshot = Snapshot()
         self._units: dict[str, None] = {}
         self._num_ahead = 0  # rows that are done of units that are not
@@ -86,7 +94,7 @@ class ModelStage:
         self._max_num_seqs = config.max_num_seqs
         self._mistake: ConfigError | None = None
         try:
-            self._started = self._engine = build_engine(config, num_threads)
+            self._started = self._engine = (build or build_engine)(config, num_threads)
         except ConfigError as error:
             self._mistake = error  # told with the first unit: Ray prints what a constructor raises, again and again
 

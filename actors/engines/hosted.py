@@ -5,7 +5,7 @@ from collections import Counter, deque
 from dataclasses import fields
 
 from actors.contract import ConfigError, RowError, TransientError
-from actors.engines.base import Completion, DraftingConfig, EngineConfig, EngineStats, Request
+from actors.engines.base import Completion, DraftingConfig, EngineConfig, EngineStats, Request, ScoringConfig
 from actors.engines.process import Build, EngineDied, EngineProcess
 
 MAX_ATTEMPTS = 3
@@ -31,7 +31,8 @@ class HostedEngine:
     """
 
     def __init__(self, build: Build, config: EngineConfig, num_threads: int) -> None:
-        kind = DraftingConfig if isinstance(config, DraftingConfig) else EngineConfig
+        kinds = (DraftingConfig, ScoringConfig, EngineConfig)
+        kind = next(kind for kind in kinds if isinstance(config, kind))
         plain = kind(**{field.name: getattr(config, field.name) for field in fields(kind)})
         self._arguments = (build, plain, num_threads)  # of its base class, so that the child imports no pool and no Ray
         self._process = self._new_process()
