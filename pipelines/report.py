@@ -92,7 +92,7 @@ def print_summary(config: JobConfig, output: Storage, plan: Plan, published: Pub
             f"published: run={manifest['number']:06d}: {manifest['num_rows']} rows in = {manifest['num_ok']} ok + "
             f"{manifest['num_quarantined']} quarantined{f' ({causes})' if causes else ''}"
         )
-        _print_rewards(manifest)
+        print_rewards(manifest)
     print(f"corpus: {output.url}/corpus ({sum(each['num_ok'] for each in found)} rows in {partitions})")
     for note in notes(config):
         print(f"note: {note}")
@@ -100,7 +100,7 @@ def print_summary(config: JobConfig, output: Storage, plan: Plan, published: Pub
         _print_rows(output, manifest)
 
 
-def _print_rewards(manifest: Mapping[str, Any]) -> None:
+def print_rewards(manifest: Mapping[str, Any]) -> None:
     """Each reward before aligning and after it, over the candidates that have both scores, and what has none."""
     notes: defaultdict[str, dict[str, int]] = defaultdict(dict)
     for told, count in sorted(manifest["reward_notes"].items()):

@@ -37,5 +37,5 @@ def check_head(config: ScoringConfig) -> None:
 def check_weights(config: ScoringConfig) -> None:
     """Raises ConfigError in one line where the files hold no head: vLLM would leave it as memory happens to be."""
     names = tensor_names(config)
-    if names is not None and not any(name.endswith("score.weight") for name in names):
+    if names is not None and not any(name.split(".")[0] in ("score", "classifier") for name in names):
         raise ConfigError(f"{config.model!r} is no reward model: its files hold no score.weight")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from actors.contract import ConfigError, option
+from actors.contract import REWARDS, ConfigError, option
 from pipelines.corpus import schema
 from pipelines.corpus.parquet import read_footer
 from pipelines.corpus.shards import Input, Listed, changed_type, missing_column
@@ -39,6 +39,8 @@ class CorpusConfig:
 
     def refusal(self, columns: pa.Schema, kept_types: Mapping[str, str]) -> str | None:
         needed = [name for name in self.columns if name not in ADDED_LATER]
+        if "rewards" in columns.names and columns.field("rewards").type != REWARDS:
+            return f"wrong_type: 'rewards' is {columns.field('rewards').type}, a column of another meaning"
         return missing_column(columns, needed) or changed_type(columns, kept_types)
 
 

@@ -18,8 +18,8 @@ SOURCE = pa.struct(
 PROMPT_ID = pa.field("prompt_id", pa.string(), False)
 """The user's id, or `h:` and 32 hex digits of a hash of the prompt; `row:<shard>:<row>` where neither could be read."""
 
-RESERVED = ("unit", "shard", "stored", "run")
-"""Besides the columns: labels of a travelling unit, the answers it brings along, and the key in partitions' paths."""
+RESERVED = ("unit", "shard", "stored", "reward_notes", "run")
+"""Besides the columns: labels of a travelling unit, what it brings along, and the key in partitions' paths."""
 
 CORPUS = pa.schema(
     [

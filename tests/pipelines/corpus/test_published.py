@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors.contract import REWARDS, ConfigError, unpack, with_column
+from pipelines.corpus import schema
 from pipelines.corpus.commit import Committer
 from pipelines.corpus.means import mean_rewards
 from pipelines.corpus.plan import Plan
@@ -105,6 +106,24 @@ def test_a_scored_corpus_has_the_same_rows_and_columns_and_its_rewards(
     assert [row["source"]["row"] for row in after] == [0, 1, 3, 4, 5], "where the prompts were, not where the corpus is"
     assert after[0]["rewards"] == [{"name": "r", "response": [1.0], "aligned": [10.0]}]
     assert manifests_of(scored)[0]["rewards"] == {"r": {"num_candidates": 5, "response": 1.0, "aligned": 10.0}}
+
+
+def test_a_scored_corpus_can_be_scored_by_more(
+    prompts: Path, local_output: Storage, scored: Storage, tmp_path: Path
+) -> None:
+    night(prompts, local_output, 1)
+    score(local_output, scored)
+    publish(scored, OUT)
+    more = Storage(str(tmp_path / "more"))
+    assert score(scored, more) == 5
+    publish(more, OUT)
+    assert [len(row["rewards"]) for row in rows(more)] == [2] * 5
+    assert [row["source"] for row in rows(more)] == [row["source"] for row in rows(local_output)]
+
+
+def test_a_users_own_column_called_rewards_is_not_taken_for_ours() -> None:
+    columns = pa.schema([*schema.CORPUS.remove(schema.CORPUS.get_field_index("rewards")), ("rewards", pa.float64())])
+    assert str(ALL.refusal(columns, {})).startswith("wrong_type: 'rewards' is double")
 
 
 def test_every_night_scores_the_new_partitions_alone(prompts: Path, corpus: Storage, scored: Storage) -> None:
