@@ -50,7 +50,7 @@ class RewardConfig(ScoringConfig, PoolConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.engine == "rules" and not any(self.rules.values()):
+        if self.engine == "rules" and not any(self.rules.values()) and self.model != MISSING:  # not made of defaults
             raise ConfigError(
                 "rules must give one rule a weight with engine=rules; reward=rules is a combination of all"
             )

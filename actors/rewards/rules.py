@@ -135,6 +135,7 @@ class RuleEngine:
 
     async def generate(self, request: Request) -> Completion:
         """Raises RowError `reward_failed` where a function raises, or returns anything but a finite number."""
+        assert not isinstance(request.prompt, str)
         prompt = [{"role": role, "content": content} for role, content in request.prompt[:-1]]
         response = request.prompt[-1][1]
         score = math.fsum(weight * _asked(name, rule, prompt, response) for name, weight, rule in self._rules)
