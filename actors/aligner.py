@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 
 from actors.candidates import DEPENDENT, as_messages, failed, lost, made, model_label
-from actors.contract import ALIGNED_LIST, PROBLEM, ConfigError, RowError, candidate_seed
-from actors.engines.base import DraftingConfig, Messages, Request
+from actors.contract import ALIGNED_LIST, PROBLEM, ConfigError, RowError, candidate_seed, option
+from actors.engines.base import DraftingConfig, Generating, Messages, Request
 from actors.pool import Columns, ModelStage, PoolConfig, Row
 from actors.recipes import RecipeConfig, aligner_input
 
@@ -19,6 +19,8 @@ Candidate = dict[str, Any]
 @dataclass(frozen=True)
 class AlignerConfig(RecipeConfig, DraftingConfig, PoolConfig):
     """The model that aligns, and the recipe by which it does."""
+
+    engine: Generating = option("torch", "how tokens are made", changes_rows=True)
 
     def __post_init__(self) -> None:
         super(RecipeConfig, self).__post_init__()

@@ -45,6 +45,21 @@ ALIGNED = pa.struct(
 RESPONSES = pa.list_(pa.field("element", RESPONSE, False))
 ALIGNED_LIST = pa.list_(pa.field("element", ALIGNED, False))
 
+REWARD = pa.struct(
+    [
+        pa.field("name", pa.string(), False),  # of the reward: its model's, unless the config gives another
+        # A score of each candidate, more is better; null where the candidate failed, or could not be scored.
+        pa.field("response", pa.list_(pa.float64()), False),  # parallel to `responses`
+        pa.field("aligned", pa.list_(pa.float64()), False),  # parallel to `aligned`
+    ]
+)
+REWARDS = pa.list_(pa.field("element", REWARD, False))
+"""One element per reward; null where nothing was scored."""
+
+REWARD_NOTES = pa.list_(pa.string())
+"""What is to be counted of a row's scoring, "<reward>: <note>" each: the cause where a text could not be scored,
+and how a judge that was asked in both orders decided. The manifest has the counts."""
+
 PROBLEM = pa.struct(
     [
         pa.field("stage", pa.string(), False),  # read | policy | aligner | publish

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from actors.candidates import as_messages, failed, made, model_label
 from actors.contract import RESPONSES, ConfigError, RowError, candidate_seed, option
-from actors.engines.base import Messages, Request
+from actors.engines.base import Generating, Messages, Request
 from actors.pool import Columns, ModelStage, PoolConfig, Row
 
 
@@ -16,6 +16,7 @@ from actors.pool import Columns, ModelStage, PoolConfig, Row
 class PolicyConfig(PoolConfig):
     """The model whose answers are to be aligned."""
 
+    engine: Generating = option("torch", "how tokens are made", changes_rows=True)
     num_candidates: int = option(1, "answers per prompt; `stored` takes all there are", changes_rows=True)
     system_prompt: str | None = option(None, "system message for prompts that have none", changes_rows=True)
 

@@ -15,7 +15,7 @@ from actors.board import Reporter, Snapshot, units_before
 from actors.contract import ConfigError, TransientError, label, option, unpack, with_column
 from actors.engines import build_engine
 from actors.engines.base import Completion, Engine, EngineConfig, Request
-from actors.engines.hosted import MAX_STARTS, HostedEngine, Suspect, crash
+from actors.engines.hosted import MAX_STARTS, HostedEngine, Remember, Suspect, crash
 from actors.suspects import Note, Notes, Rows, Turns
 
 Row = dict[str, Any]
@@ -78,10 +78,18 @@ class ModelStage:
         sharers: replicas that compute on CPUs; at worst they all share the cores of one node.
         notes: of units that may kill engines.
         max_attempts: times that a row may kill what it runs alone in.
+        build: makes the engine.
     """
 
     def __init__(
-        self, name: str, config: PoolConfig, board: Any, sharers: int, notes: Notes, max_attempts: int
+        self,
+        name: str,
+        config: PoolConfig,
+        board: Any,
+        sharers: int,
+        notes: Notes,
+        max_attempts: int,
+        build: Callable[[Any, int, int, Remember], Engine] = build_engine,
     ) -> None:
         self._name, self._notes, self._max_attempts = name, notes, max_attempts
         self._turns = Turns()
@@ -98,7 +106,7 @@ class ModelStage:
         self._max_num_seqs = config.max_num_seqs
         self._mistake: ConfigError | None = None
         try:
-            self._started = self._engine = build_engine(config, num_threads, max_attempts, self._remember)
+            self._started = self._engine = build(config, num_threads, max_attempts, self._remember)
         except ConfigError as error:
             self._mistake = error  # told with the first unit: Ray prints what a constructor raises, again and again
 

@@ -1,4 +1,5 @@
-"""Align a corpus: stream Parquet prompt shards through a policy pool and an aligner pool, and publish what comes out.
+"""Align a corpus: stream Parquet prompt shards through a policy pool and an aligner pool, score both texts if
+asked to, and publish what comes out.
 
     python pipelines/align_corpus.py policy=smollm2 aligner=rewrite_smollm2 input.path=PROMPTS output.root=CORPUS
 
@@ -13,117 +14,28 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root instead of this folder: each module has one name
 
-from actors.contract import ConfigError, TransientError
-from pipelines import report
-from pipelines.config import Flags, compose
-from pipelines.corpus.lease import Held, Lease
-from pipelines.corpus.plan import Plan, make_plan
-from pipelines.corpus.publish import Published, publish
-from pipelines.corpus.runs import check_fingerprint, check_input_root, create_run, digest, latest_pace, making_run
+from pipelines.config import compose
 from pipelines.corpus.shards import Input
-from pipelines.corpus.state import read_state
-from pipelines.corpus.storage import Storage
-from pipelines.settings import AlignCorpusConfig, fingerprint, pin_models, run_record
-from pipelines.stream import connect, stream
-
-DONE, USER_ERROR, NOT_CLEAN, OUTAGE, INTERRUPTED = 0, 2, 3, 5, 130
+from pipelines.job import exit_code, run_job
+from pipelines.settings import AlignCorpusConfig, pin_models
 
 
 def main(argv: list[str]) -> int:
-    """Run the job. Returns the exit code: 0 done, 2 the user's mistake, 3 bad shards or too much quarantined, 5 an
-    outage, 130 interrupted; 4, a stall, ends the process from within `pipelines.progress`."""
-    try:
-        config, flags = compose(
-            AlignCorpusConfig,
-            argv,
-            prog="python pipelines/align_corpus.py",
-            description="Answer prompts with a policy model, align the answers, and publish both as a corpus.",
-            groups=("policy", "aligner", "site"),
-        )
-        return align_corpus(pin_models(config), flags)
-    except (ConfigError, Held) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except TransientError as error:
-        print(f"error: {error}; what is committed is kept, and the same command goes on from there", file=sys.stderr)
-        return OUTAGE
-    except KeyboardInterrupt:
-        report.say("interrupted; what is committed is kept, and the same command goes on from there")
-        return INTERRUPTED
+    """Run the job. Returns its exit code, see `exit_code`."""
+    return exit_code(lambda: align_corpus(argv))
 
 
-def align_corpus(config: AlignCorpusConfig, flags: Flags) -> int:
-    """Plan what is not done, make it, publish it; again where a unit turned out damaged. Returns the exit code."""
-    site = config.site
-    source = Input(config.input.path, site.storage_options, site.storage_retry_s)
-    output = Storage(config.output.root, site.storage_options, site.storage_retry_s)
-    source.refuse_own_output(output)
-    if flags.dry_run:
-        plan = planned(config, source, output, flags.limit)
-        made_of = digest(fingerprint(config, plan.kept_types))
-        report.print_dry_run(config, source, plan, made_of, latest_pace(output))
-        return DONE
-    with Lease(output, config.run.lease_ttl_s, announce=report.say):
-        output.sweep()
-        plan = planned(config, source, output, flags.limit)
-        if plan.bad_shards and config.input.on_bad_shard == "fail":
-            report.print_bad_shards(plan)
-            return NOT_CLEAN
-        published = make_and_publish(config, source, output, plan)
-        report.print_summary(config, output, plan, published)
-        return NOT_CLEAN if plan.bad_shards or published.withheld else DONE
-
-
-def planned(config: AlignCorpusConfig, source: Input, output: Storage, limit: int | None) -> Plan:
-    """What is to be made. Raises ConfigError where the rows would not go together with those that are there."""
-    state = read_state(output)
-    before = making_run(output, state)
-    check_input_root(
-        before["input_root"] if before else source.root_url,
-        source.root_url,
-        has_rows=bool(state.committed or state.partitions),
-        accept_changes=config.run.accept_changes,
+def align_corpus(argv: list[str]) -> int:
+    """Prompts -> answers -> aligned answers -> rewards, where there are any -> a published corpus."""
+    config, flags = compose(
+        AlignCorpusConfig,
+        argv,
+        prog="python pipelines/align_corpus.py",
+        description="Answer prompts with a policy model, align the answers, and publish both as a corpus.",
+        groups=("policy", "aligner", "reward", "site"),
     )
-    plan = make_plan(
-        source,
-        config.input,
-        output,
-        state,
-        unit_rows=config.run.unit_rows,
-        limit=limit,
-        retry_quarantined=config.run.retry_quarantined,
-        kept_types=before["kept_types"] if before else {},
-    )
-    check_fingerprint(
-        before["fingerprint"] if before else {},
-        fingerprint(config, plan.kept_types),
-        has_unpublished=bool(state.committed or state.unfinished),
-        has_published=bool(state.partitions),
-        accept_changes=config.run.accept_changes,
-    )
-    return plan
-
-
-def make_and_publish(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan) -> Published:
-    """Stream the plan's units through the pools, then publish what is committed."""
-    partitions: list[int] = []
-    while True:
-        if plan.num_units:
-            connect(config)
-            run = create_run(output, run_record(config, source, plan))
-            stream(config, source, output, plan, run)
-        published = publish(
-            output,
-            config.output,
-            max_quarantined_fraction=config.run.max_quarantined_fraction,
-            accept_quarantined=config.run.accept_quarantined,
-            bad_shards=plan.bad_shards,
-        )
-        partitions.extend(published.partitions)
-        if not published.lost:
-            return Published(tuple(partitions), (), published.withheld)
-        report.say(f"{len(published.lost)} unit files are damaged or gone and are made again")
-        plan = planned(config, source, output, limit=sum(unit.num_rows for unit in published.lost))
+    source = Input(config.input.path, config.site.storage_options, config.site.storage_retry_s)
+    return run_job(pin_models(config), source, flags)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import math
 import sys
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +16,8 @@ from actors.engines.footprint import footprint
 from actors.policy import policy_prompt
 from actors.pool import PoolConfig
 from actors.recipes import aligner_input
+from actors.reward import RewardConfig
+from actors.rewards import judge
 from pipelines import estimate
 from pipelines.corpus.plan import Plan
 from pipelines.corpus.publish import Published
@@ -25,7 +27,7 @@ from pipelines.corpus.state import manifests
 from pipelines.corpus.storage import Storage
 from pipelines.estimate import Tokens
 from pipelines.progress import PoolTotals, Tally
-from pipelines.settings import AlignCorpusConfig, notes, pools
+from pipelines.settings import AlignCorpusConfig, JobConfig, notes, pools, rewards
 
 SHOWN_ROWS = 2
 EACH = 8
@@ -39,7 +41,7 @@ def say(text: str) -> None:
 def print_bad_shards(plan: Plan) -> None:
     for shard in plan.bad_shards:
         say(f"error: shard {shard.path}: {shard.reason}")
-    say("error: nothing was done; input.on_bad_shard=skip aligns the other shards")
+    say("error: nothing was done; input.on_bad_shard=skip does the other shards")
 
 
 def print_throughput(totals: dict[str, PoolTotals], tally: Tally, seconds: float) -> None:
@@ -70,7 +72,7 @@ def _print_decoding(tally: Tally) -> None:
     print(f"aligner: answers by forward passes: {', '.join(bins)}")
 
 
-def print_summary(config: AlignCorpusConfig, output: Storage, plan: Plan, published: Published) -> None:
+def print_summary(config: JobConfig, output: Storage, plan: Plan, published: Published) -> None:
     """Counts, where the corpus is, and two of its rows."""
     for shard in plan.bad_shards:
         say(f"warning: shard {shard.path} was skipped: {shard.reason}")
@@ -90,11 +92,35 @@ def print_summary(config: AlignCorpusConfig, output: Storage, plan: Plan, publis
             f"published: run={manifest['number']:06d}: {manifest['num_rows']} rows in = {manifest['num_ok']} ok + "
             f"{manifest['num_quarantined']} quarantined{f' ({causes})' if causes else ''}"
         )
+        print_rewards(manifest)
     print(f"corpus: {output.url}/corpus ({sum(each['num_ok'] for each in found)} rows in {partitions})")
     for note in notes(config):
         print(f"note: {note}")
     for manifest in new[-1:]:
         _print_rows(output, manifest)
+
+
+def print_rewards(manifest: Mapping[str, Any]) -> None:
+    """Each reward before aligning and after it, over the candidates that have both scores, and what has none."""
+    notes: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for told, count in sorted(manifest["reward_notes"].items()):
+        name, _, note = told.rpartition(": ")
+        notes[name][note] = count
+    for name in sorted({*manifest["rewards"], *notes}):
+        found = manifest["rewards"].get(name)
+        line = f"reward {name}: no candidate has both scores"
+        if found:
+            before, after = found["response"], found["aligned"]
+            line = f"reward {name}: {before:.4g} -> {after:.4g} ({after - before:+.3g})"
+            line += f" over {found['num_candidates']} candidates"
+        missing = [f"{count} {note}" for note, count in notes[name].items() if note not in judge.NOTES]
+        print(line + (f"; texts without a score: {', '.join(missing)}" if missing else ""))
+        first, second, tie, by_position = (notes[name].get(note, 0) for note in judge.NOTES)
+        if num_verdicts := first + second + tie:
+            print(
+                f"reward {name}: asked in both orders, the answer shown first won {first} of {num_verdicts} times and "
+                f"lost {second}; {by_position / (num_verdicts / 2):.1%} of the pairs went by the place alone"
+            )
 
 
 def _print_rows(output: Storage, manifest: dict[str, Any]) -> None:
@@ -119,9 +145,7 @@ def _print_text(name: str, text: str) -> None:
 # --- the dry run ----------------------------------------------------------------------------------------------------
 
 
-def print_dry_run(
-    config: AlignCorpusConfig, source: Input, plan: Plan, made_of: str, pace: Mapping[str, Any] | None
-) -> None:
+def print_dry_run(config: JobConfig, source: Input, plan: Plan, made_of: str, pace: Mapping[str, Any] | None) -> None:
     """The plan, the pools, what the rows may take, and the first prompts exactly as each model will see them.
 
     Nothing is written or started.
@@ -137,13 +161,18 @@ def print_dry_run(
     for shard in plan.bad_shards:
         print(f"bad shard: {shard.path}: {shard.reason}")
     known = pace if pace and pace["digest"] == made_of else None
-    rows = estimate.sample(source, config.input, plan)
+    rows = estimate.sample(source, config.input, plan) if isinstance(config, AlignCorpusConfig) else []
     for name, pool in pools(config).items():
         each = f"{pool.num_gpus} GPUs, {pool.num_cpus:g} CPUs each"
         grows = f" to {pool.most_replicas}" if pool.most_replicas > pool.replicas else ""
         print(f"{name}: {pool.replicas}{grows} x {pool.engine} {pool.model} ({each})")
-        if pool.engine == "stored":
+        if pool.engine in ("stored", "rules"):
             continue
+        if name in rewards(config):
+            if found := footprint(pool):
+                print(f"{name}: memory per rank: {_size(found.weight_bytes)} weights")
+            continue
+        assert isinstance(config, AlignCorpusConfig)
         tokens = estimate.tokens(config, name, rows, plan.num_rows)
         if pool.engine != "openai":
             print(f"{name}: {_memory(pool, tokens)}")
@@ -154,7 +183,9 @@ def print_dry_run(
     for note in notes(config):
         print(f"note: {note}")
     for row in _first_prompts(config, source, plan):
-        _print_as_seen(config, row)
+        if isinstance(config, AlignCorpusConfig):
+            _print_as_seen(config, row)
+        _print_as_scored(config, row)
 
 
 def _memory(pool: PoolConfig, tokens: Tokens) -> str:
@@ -212,7 +243,7 @@ def _print_tokens(name: str, pool: PoolConfig, found: Tokens, num_rows: int, pac
 
 
 def _print_cost(
-    config: AlignCorpusConfig, num_rows: int, pace: Mapping[str, Any] | None, known: Mapping[str, Any] | None
+    config: JobConfig, num_rows: int, pace: Mapping[str, Any] | None, known: Mapping[str, Any] | None
 ) -> None:
     price = config.plan.gpu_hour_price
     if known is None:
@@ -240,11 +271,13 @@ def _print_cost(
         print(f"{name}: about {each:.3g} GPU-hours{cost}")
 
 
-def _first_prompts(config: AlignCorpusConfig, source: Input, plan: Plan) -> list[dict[str, Any]]:
+def _first_prompts(config: JobConfig, source: Input, plan: Plan) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for span in plan.spans:
         for _, unit in read_checked(source, config.input, span):
-            names = [name for name in ("prompt_id", "prompt", "stored", "problem") if name in unit.column_names]
+            names = [
+                name for name in ("prompt_id", "prompt", "stored", "responses", "problem") if name in unit.column_names
+            ]
             rows.extend(row for row in unit.select(names).to_pylist() if row["problem"] is None)
             if len(rows) >= SHOWN_ROWS:
                 return rows[:SHOWN_ROWS]
@@ -262,6 +295,32 @@ def _print_as_seen(config: AlignCorpusConfig, row: dict[str, Any]) -> None:
     if config.aligner.recipe == "diffpo":
         print(f"\n{row['prompt_id']}, where the aligner begins:")
         print(textwrap.indent(_answer(config, row), "  "))
+
+
+def _print_as_scored(config: JobConfig, row: dict[str, Any]) -> None:
+    """What each reward model reads of the row's first answer; rules read it as it is."""
+    if isinstance(config, AlignCorpusConfig):
+        answer = _answer(config, row)
+    else:
+        answer = next((each["text"] for each in row["responses"] if each["status"] == "ok"), "")
+    for name, reward in rewards(config).items():
+        if reward.engine == "rules":
+            continue
+        try:
+            text = _seen_by_reward(reward, as_messages(row["prompt"]), answer)
+        except RowError as error:
+            text = f"(not at all: {error})"
+        print(f"\n{row['prompt_id']} as the {name} sees it:")
+        print(textwrap.indent(text, "  "))
+
+
+def _seen_by_reward(reward: RewardConfig, prompt: Messages, answer: str) -> str:
+    if reward.engine == "openai":
+        return judge.question(reward, prompt, answer, "(another text of the row)")
+    from actors.engines.prompts import encode_prompt, render_prompt
+
+    tokenizer = estimate.tokenizer(reward.model, reward.revision)
+    return render_prompt(tokenizer, encode_prompt(tokenizer, (*prompt, ("assistant", answer)), to_answer=False))
 
 
 def _seen_by(config: AlignCorpusConfig, name: str, row: dict[str, Any]) -> str:

@@ -1,11 +1,11 @@
-"""Every key of the align_corpus job, put together from the sections that the layers own."""
+"""Every key of the jobs that make and score a corpus, put together from the sections that the layers own."""
 
 import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from actors.aligner import AlignerConfig
 from actors.candidates import model_label
@@ -15,10 +15,14 @@ from actors.engines.identity import identity, pinned
 from actors.policy import PolicyConfig
 from actors.pool import PoolConfig
 from actors.recipes import recipe_version
+from actors.reward import RewardConfig
+from actors.rewards import judge
+from actors.rewards.rules import rule_of, rules_identity
 from pipelines.config import changes_rows, resolved
 from pipelines.corpus import schema
 from pipelines.corpus.plan import Plan
 from pipelines.corpus.publish import OutputConfig
+from pipelines.corpus.published import CorpusConfig
 from pipelines.corpus.runs import digest
 from pipelines.corpus.shards import Input, InputConfig
 from pipelines.corpus.storage import RETRY_S
@@ -99,6 +103,8 @@ class AlignCorpusConfig:
     policy: PolicyConfig = section(PolicyConfig, "the model that answers")
     policies: list[PolicyConfig] = option([], "further policies; their candidates follow those of `policy`")
     aligner: AlignerConfig = section(AlignerConfig, "the model that aligns")
+    reward: RewardConfig | None = option(None, "what scores responses and aligned texts; null: nothing does")
+    rewards: list[RewardConfig] = option([], "further rewards, each a pool of its own")
     run: RunConfig = section(RunConfig, "how a job goes about it")
     plan: PlanConfig = section(PlanConfig, "what --dry-run reckons with")
     site: SiteConfig = section(SiteConfig, "where the job runs")
@@ -107,10 +113,46 @@ class AlignCorpusConfig:
         for name, pool in pools(self).items():
             if name != "aligner" and pool.engine == "stored" and self.input.response_column is None:
                 raise ConfigError(f"{name}.engine is stored: input.response_column must name the column of the answers")
+        _check_rewards(self)
 
 
-def pin_models(config: AlignCorpusConfig) -> AlignCorpusConfig:
+@dataclass(frozen=True)
+class ScoreCorpusConfig:
+    """The score_corpus job."""
+
+    input: CorpusConfig = section(CorpusConfig, "the corpus that is scored")
+    output: OutputConfig = section(OutputConfig, "where the scored corpus goes")
+    reward: RewardConfig = section(RewardConfig, "what scores responses and aligned texts")
+    rewards: list[RewardConfig] = option([], "further rewards, each a pool of its own")
+    run: RunConfig = section(RunConfig, "how a job goes about it")
+    plan: PlanConfig = section(PlanConfig, "what --dry-run reckons with")
+    site: SiteConfig = section(SiteConfig, "where the job runs")
+
+    def __post_init__(self) -> None:
+        _check_rewards(self)
+
+
+JobConfig = AlignCorpusConfig | ScoreCorpusConfig
+Job = TypeVar("Job", AlignCorpusConfig, ScoreCorpusConfig)
+
+
+def _check_rewards(config: JobConfig) -> None:
+    labels = [reward.label for reward in rewards(config).values()]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(
+                f"rewards: {labels.count(label)} of them are called {label!r}; give each a name of its own"
+            )
+
+
+def pin_models(config: Job) -> Job:
     """The config with every model pinned to a folder or a commit. Raises ConfigError where there is none."""
+    if config.reward is not None:
+        config = replace(config, reward=_pinned_reward(config.reward, "reward"))
+    further = [_pinned_reward(reward, f"rewards.{number}") for number, reward in enumerate(config.rewards)]
+    config = replace(config, rewards=further)
+    if isinstance(config, ScoreCorpusConfig):
+        return config
     return replace(
         config,
         policy=pinned(config.policy, "policy"),
@@ -119,35 +161,73 @@ def pin_models(config: AlignCorpusConfig) -> AlignCorpusConfig:
     )
 
 
-def pools(config: AlignCorpusConfig) -> dict[str, PoolConfig]:
+def _pinned_reward(config: RewardConfig, section: str) -> RewardConfig:
+    for name in config.rules:
+        try:
+            rule_of(name)
+        except ConfigError as error:
+            raise ConfigError(f"{section}.{error}") from error
+    return pinned(config, section)
+
+
+def pools(config: JobConfig) -> dict[str, PoolConfig]:
     """Every pool of the job by name, in the order in which a unit passes them."""
+    if isinstance(config, ScoreCorpusConfig):
+        return {**rewards(config)}
     further = {f"policy_{number + 2}": policy for number, policy in enumerate(config.policies)}
-    return {"policy": config.policy, **further, "aligner": config.aligner}
+    return {"policy": config.policy, **further, "aligner": config.aligner, **rewards(config)}
 
 
-def fingerprint(config: AlignCorpusConfig, kept_types: Mapping[str, str]) -> dict[str, Any]:
+def rewards(config: JobConfig) -> dict[str, RewardConfig]:
+    """The pools that score, by name: they are the last that a unit passes."""
+    found = [config.reward] if config.reward is not None else []
+    return {
+        f"reward_{number}" if number > 1 else "reward": each for number, each in enumerate([*found, *config.rewards], 1)
+    }
+
+
+def fingerprint(config: JobConfig, kept_types: Mapping[str, str]) -> dict[str, Any]:
     """Everything that can change a row, by dotted key: what two runs must share to make rows that go together."""
-    models = {f"{name}.model": f"{model_label(pool)} ({identity(pool)})" for name, pool in pools(config).items()}
+    models = {f"{name}.model": f"{model_label(pool)} ({_identity(pool)})" for name, pool in pools(config).items()}
+    recipe = {"aligner.recipe_version": recipe_version(config.aligner)} if isinstance(config, AlignCorpusConfig) else {}
     return {
         **changes_rows(config),
         **models,
-        "aligner.recipe_version": recipe_version(config.aligner),
+        **recipe,
         "corpus.schema_version": schema.VERSION,
         **{f"input.keep_columns.{name}": dtype for name, dtype in sorted(kept_types.items())},
     }
 
 
-def notes(config: AlignCorpusConfig) -> list[str]:
+def _identity(pool: PoolConfig) -> str:
+    if not isinstance(pool, RewardConfig) or pool.engine in ("torch", "vllm"):
+        return identity(pool)
+    if pool.engine == "rules":
+        return rules_identity(pool.rules)
+    return f"{identity(pool)}, question {judge.VERSION}"
+
+
+def notes(config: JobConfig) -> list[str]:
     """What whoever uses the rows must know of how they are made, in sentences."""
-    if not config.aligner.ignores_response:
-        return []
-    return [
-        "The aligned text does not depend on the response: with recipe=diffpo, max_iterations=null and num_reserved=0 "
-        "it is what the aligner answers by itself, made once per prompt however many candidates there are."
-    ]
+    found = []
+    if isinstance(config, ScoreCorpusConfig):
+        found.append(
+            f"Responses and aligned texts are those of the corpus at {config.input.path}; its card tells of them."
+        )
+    elif config.aligner.ignores_response:
+        found.append(
+            "The aligned text does not depend on the response: with recipe=diffpo, max_iterations=null and "
+            "num_reserved=0 it is what the aligner answers by itself, made once per prompt however many candidates "
+            "there are."
+        )
+    for reward in rewards(config).values():
+        if reward.engine == "rules":
+            told = " + ".join(f"{weight:g} {name}" for name, weight in reward.rules.items() if weight)
+            found.append(f"The reward {reward.label} is a sum of rules ({told}): not a measure of quality.")
+    return found
 
 
-def run_record(config: AlignCorpusConfig, source: Input, plan: Plan) -> dict[str, Any]:
+def run_record(config: JobConfig, source: Input, plan: Plan) -> dict[str, Any]:
     """What runs/<n>.json keeps: enough to make the same rows again, and to tell whether a later run would."""
     made_of = fingerprint(config, plan.kept_types)
     return {

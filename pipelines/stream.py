@@ -1,4 +1,4 @@
-"""The job's data flow on Ray: units are read, answered, aligned and committed, all at the same time."""
+"""A job's data flow on Ray: units are read, answered, aligned, scored and committed, all at the same time."""
 
 import logging
 import math
@@ -7,6 +7,7 @@ import re
 import signal
 import time
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from actors.board import Board
 from actors.contract import ConfigError, TransientError
 from actors.policy import PolicyStage
 from actors.pool import add_pool, planned
+from actors.reward import RewardStage
 from pipelines import report
 from pipelines.corpus.attempts import Attempts
 from pipelines.corpus.commit import Committer
@@ -30,7 +32,7 @@ from pipelines.corpus.shards import Input
 from pipelines.corpus.storage import Storage
 from pipelines.placement import Need, node_ids, wait_until_placeable
 from pipelines.progress import Tally, read_board, shown
-from pipelines.settings import AlignCorpusConfig, fingerprint, pools
+from pipelines.settings import AlignCorpusConfig, JobConfig, fingerprint, pools, rewards
 
 READ_CPUS = 0.25
 COMMIT_CPUS = 0.25
@@ -68,7 +70,7 @@ BACKPRESSURE = [
 ]
 
 
-def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan, run: int) -> None:
+def stream(config: JobConfig, source: Input, output: Storage, plan: Plan, run: int) -> None:
     """Make and commit every unit of the plan.
 
     Raises ConfigError for a mistake that only an actor could find, and TransientError for an outage.
@@ -111,14 +113,14 @@ def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan
 
 
 def pipeline(
-    config: AlignCorpusConfig,
+    config: JobConfig,
     source: Input,
     plan: Plan,
     committer: Committer,
     board: ray.actor.ActorHandle,
     notes: Attempts,
 ) -> ray.data.Dataset:
-    """Units -> responses -> aligned -> committed: one row a unit, one task a unit (several where engines are cheap)."""
+    """Units -> responses -> aligned -> rewards -> committed: one row a unit, one task a unit (or several)."""
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = max(1, int(config.run.task_mib * 2**20))  # 1 byte: every unit a block of its own
     context.autoscaling_config = AutoscalingConfig(actor_pool_util_upscaling_threshold=1.0)  # grow when all are busy
@@ -136,17 +138,10 @@ def pipeline(
     dataset = ray.data.read_datasource(
         units, num_cpus=READ_CPUS, concurrency=READERS, override_num_blocks=units.num_tasks
     )
-    first_candidate = 0
-    for number, policy in enumerate([config.policy, *config.policies]):
-        name = f"policy_{number + 1}" if number else "policy"
-        dataset = add_pool(
-            dataset, PolicyStage, policy, places[name], name=name,
-            run_seed=config.run.seed, first_candidate=first_candidate, **shared,
-        )  # fmt: skip
-        first_candidate += policy.num_candidates
-    dataset = add_pool(
-        dataset, AlignerStage, config.aligner, places["aligner"], name="aligner", run_seed=config.run.seed, **shared
-    )
+    if isinstance(config, AlignCorpusConfig):
+        dataset = _answered_and_aligned(dataset, config, places, shared)
+    for name, reward in rewards(config).items():
+        dataset = add_pool(dataset, RewardStage, reward, places[name], name=name, **shared)
     return dataset.map_batches(  # actors: Ray ends idle task workers, and a new process a unit costs more than the unit
         Committing, fn_constructor_args=[committer], batch_size=1, batch_format="pyarrow", num_cpus=COMMIT_CPUS,
         compute=ray.data.ActorPoolStrategy(
@@ -155,6 +150,23 @@ def pipeline(
         ),
         ray_remote_args_fn=planned(places["committing"]),
     )  # fmt: skip
+
+
+def _answered_and_aligned(
+    dataset: ray.data.Dataset, config: AlignCorpusConfig, places: Mapping[str, list[str]], shared: Mapping[str, Any]
+) -> ray.data.Dataset:
+    """Prompts -> responses -> aligned."""
+    first_candidate = 0
+    for number, policy in enumerate([config.policy, *config.policies]):
+        name = f"policy_{number + 1}" if number else "policy"
+        dataset = add_pool(
+            dataset, PolicyStage, policy, places[name], name=name,
+            run_seed=config.run.seed, first_candidate=first_candidate, **shared,
+        )  # fmt: skip
+        first_candidate += policy.num_candidates
+    return add_pool(
+        dataset, AlignerStage, config.aligner, places["aligner"], name="aligner", run_seed=config.run.seed, **shared
+    )
 
 
 class Committing:
@@ -167,12 +179,12 @@ class Committing:
         return self._committer(packed)
 
 
-def needs(config: AlignCorpusConfig) -> list[Need]:
+def needs(config: JobConfig) -> list[Need]:
     """Everything that must run at the same time for the job to get on: the pools, and Ray Data's own tasks."""
     return [*replicas(config), Need("reading", READERS, READ_CPUS, 0), Need("committing", 1, COMMIT_CPUS, 0)]
 
 
-def replicas(config: AlignCorpusConfig) -> list[Need]:
+def replicas(config: JobConfig) -> list[Need]:
     """What each pool needs to start with."""
     return [
         Need(name, pool.replicas, pool.num_cpus, pool.num_gpus, pool.label_selector)
@@ -180,7 +192,7 @@ def replicas(config: AlignCorpusConfig) -> list[Need]:
     ]
 
 
-def connect(config: AlignCorpusConfig) -> None:
+def connect(config: JobConfig) -> None:
     """Join the cluster that the config or RAY_ADDRESS names, else start one here; return when the pools fit on it.
 
     Raises ConfigError where they never will, and TransientError where the nodes for them did not come in time.
@@ -193,7 +205,7 @@ def connect(config: AlignCorpusConfig) -> None:
     )
 
 
-def _join_or_start(config: AlignCorpusConfig) -> None:
+def _join_or_start(config: JobConfig) -> None:
     address = config.site.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     if address != "local":
         try:

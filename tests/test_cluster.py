@@ -246,7 +246,7 @@ def arguments(spec: dict[str, Any]) -> list[str]:
 
 def composed(spec: dict[str, Any]) -> AlignCorpusConfig:
     config, _ = compose(
-        AlignCorpusConfig, arguments(spec), prog="", description="", groups=("policy", "aligner", "site")
+        AlignCorpusConfig, arguments(spec), prog="", description="", groups=("policy", "aligner", "reward", "site")
     )
     return config
 

@@ -11,7 +11,7 @@ from pipelines.config import compose
 from pipelines.corpus.publish import OutputConfig, publish
 from pipelines.corpus.storage import Storage
 from pipelines.reference import reference_yaml
-from pipelines.settings import AlignCorpusConfig
+from pipelines.settings import AlignCorpusConfig, ScoreCorpusConfig
 from tests.pipelines.corpus.fabricate import commit_units, fake_shard
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,19 +45,25 @@ def test_every_key_in_the_readme_exists() -> None:
     assert len(named) > 10
 
 
-def commands() -> list[list[str]]:
-    """The arguments of every align_corpus.py command of the README."""
+JOBS: dict[str, tuple[type[AlignCorpusConfig | ScoreCorpusConfig], tuple[str, ...]]] = {
+    "align_corpus.py": (AlignCorpusConfig, ("policy", "aligner", "reward", "site")),
+    "score_corpus.py": (ScoreCorpusConfig, ("reward", "site")),
+}
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Script and arguments of every command of the README that runs a job."""
     lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [shlex.split(line.partition("align_corpus.py")[2]) for line in lines if "align_corpus.py" in line]
+    return [(job, shlex.split(line.partition(job)[2])) for line in lines for job in JOBS if job in line]
 
 
-@pytest.mark.parametrize("arguments", commands(), ids=lambda arguments: arguments[0])
-def test_every_command_is_a_config(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("job", "arguments"), commands())
+def test_every_command_is_a_config(job: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    config, _ = compose(
-        AlignCorpusConfig, arguments, prog="align_corpus", description="", groups=("policy", "aligner", "site")
-    )
+    schema, groups = JOBS[job]
+    config, _ = compose(schema, arguments, prog=job, description="", groups=groups)
     assert config.output.root
+    assert {job for job, _ in commands()} == JOBS.keys()
 
 
 def test_every_link_leads_to_a_file() -> None:

@@ -6,6 +6,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     Gemma2Config,
     LlamaConfig,
     MistralConfig,
@@ -85,6 +86,16 @@ def build_tiny_qwen2(folder: Path) -> Path:
 def build_tiny_mistral(folder: Path) -> Path:
     """Sliding attention in every layer, without `layer_types`."""
     return _build(folder, MistralConfig, {"sliding_window": 16})
+
+
+def build_tiny_reward(folder: Path, **extra: object) -> Path:
+    """A llama with a head of one label; `extra` are values of its config."""
+    tokenizer = build_tokenizer()
+    config = LlamaConfig(vocab_size=len(tokenizer), num_labels=1, **(SHAPE | extra))
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def _build(folder: Path, config_class: type[PreTrainedConfig], extra: dict[str, object]) -> Path:

@@ -14,6 +14,9 @@ Messages = tuple[tuple[str, str], ...]
 OPENAI = "https://api.openai.com/v1"
 """Where `base_url: null` leads."""
 
+Generating = Literal["torch", "vllm", "openai", "stored"]
+"""Engines that make text; `rules` only scores it."""
+
 _KEYS_OF_THEIR_OWN = {
     "model", "revision", "dtype", "max_model_len", "max_num_seqs", "tensor_parallel_size", "trust_remote_code", "seed",
 }  # fmt: skip
@@ -31,7 +34,9 @@ _ENGINES_OF = {
 class EngineConfig:
     """How tokens are made. Shared by every pool that holds a model."""
 
-    engine: Literal["torch", "vllm", "openai", "stored"] = option("torch", "how tokens are made", changes_rows=True)
+    engine: Literal["torch", "vllm", "openai", "stored", "rules"] = option(
+        "torch", "how tokens are made", changes_rows=True
+    )
     model: str = option(
         MISSING, "folder or hub id of the model; its name at the endpoint for `openai`; a provenance label for `stored`"
     )
@@ -158,11 +163,24 @@ class DraftingConfig(EngineConfig):
 
 
 @dataclass(frozen=True)
+class ScoringConfig(EngineConfig):
+    """How an engine scores a chat with its answer."""
+
+    batch_tokens: int = option(16384, "`torch`: most tokens (rows x longest row) of one forward pass")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_tokens < 1:
+            raise ConfigError(f"batch_tokens must be at least 1, got {self.batch_tokens}")
+
+
+@dataclass(frozen=True)
 class Request:
     """One candidate to be made.
 
     Attributes:
         prompt: a chat, to which the model's own chat template is applied once, or raw text for models without one.
+            Where a score is asked for, the chat ends with the answer that is to be scored.
         seed: of this candidate's sampling.
         draft: an answer that is there already: what `stored` returns, and where a parallel decoder begins.
         origin: the unit and the row of it that the candidate is for; None where it is for nobody.
@@ -178,7 +196,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine made of a request. Token counts are null where no tokens were made here (`stored`).
+    """What an engine made of a request: a text, or of a chat with its answer a `score`.
+
+    Token counts are null where no tokens were made here (`stored`) or read (`rules`).
 
     `reasoning` is the thinking that the model's server has told apart; null where it may still be in the text.
     `iterations` (forward passes that changed or checked this answer) and `accepted` (tokens of its guesses that stayed)
@@ -192,6 +212,7 @@ class Completion:
     reasoning: str | None = None
     iterations: int | None = None
     accepted: int | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True)

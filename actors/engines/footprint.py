@@ -88,7 +88,7 @@ Headers = tuple[Path, dict[str, dict[str, Any]]]
 
 
 def _headers(config: EngineConfig) -> Headers | None:
-    if config.engine in ("stored", "openai"):
+    if config.engine in ("stored", "openai", "rules"):
         return None
     if Path(config.model).is_absolute():
         tensors = _tensors(Path(config.model))
@@ -122,6 +122,12 @@ def _headers_at_hub(model: str, revision: str | None) -> Headers | None:
     except (HTTPError, OSError, ValueError, NotASafetensorsRepoError, SafetensorsParsingError):
         return None
     return folder, {name: vars(tensor) for file in files for name, tensor in file.tensors.items()}
+
+
+def tensor_names(config: EngineConfig) -> list[str] | None:
+    """Names of the model's tensors; None where they cannot be told without fetching its weights."""
+    found = _headers(config)
+    return list(found[1]) if found else None
 
 
 def _tensors(folder: Path) -> dict[str, dict[str, Any]] | None:

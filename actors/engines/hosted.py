@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 from actors.contract import ConfigError, RowError, TransientError
-from actors.engines.base import Completion, DraftingConfig, EngineConfig, EngineStats, Request
+from actors.engines.base import Completion, DraftingConfig, EngineConfig, EngineStats, Request, ScoringConfig
 from actors.engines.process import Build, EngineDied, EngineProcess
 
 MAX_ATTEMPTS = 3
@@ -66,7 +66,8 @@ class HostedEngine:
         max_attempts: int = MAX_ATTEMPTS,
         remember: Remember = forget,
     ) -> None:
-        kind = DraftingConfig if isinstance(config, DraftingConfig) else EngineConfig
+        kinds = (DraftingConfig, ScoringConfig, EngineConfig)
+        kind = next(kind for kind in kinds if isinstance(config, kind))
         plain = kind(**{field.name: getattr(config, field.name) for field in fields(kind)})
         self._arguments = (build, plain, num_threads)  # of its base class, so that the child imports no pool and no Ray
         self._process = self._new_process()

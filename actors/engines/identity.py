@@ -19,7 +19,7 @@ def pinned(config: Config, section: str) -> Config:
 
     Raises ConfigError, naming `section`, where there is no such model.
     """
-    if config.engine in ("stored", "openai"):
+    if config.engine in ("stored", "openai", "rules"):
         return config
     folder = Path(config.model).expanduser()
     if folder.is_dir():

@@ -27,11 +27,12 @@ def load_failure(what: str, model: str, error: Exception) -> str:
     return f"no {what} at {model!r}: set `model` to a folder with safetensors and a tokenizer, or a hub id ({reason})"
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Messages | str) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Messages | str, *, to_answer: bool = True) -> list[int]:
     """Token ids of a prompt.
 
-    A chat goes through the tokenizer's chat template once, up to where the answer begins; special tokens are those that
-    the template writes. Raw text gets the tokenizer's own special tokens. What a message says is text: strings in it
+    A chat goes through the tokenizer's chat template once, up to where the answer begins, or, without `to_answer`, to
+    the end of the answer that is its last message; special tokens are those that the template writes. Raw text gets the
+    tokenizer's own special tokens. What a message says is text: strings in it
     that look like special tokens are read as plain characters. Where the template refuses a system message (Gemma 2's
     does), it becomes the beginning of the first user message, with an empty line after it.
 
@@ -45,10 +46,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Messages | str) ->
         if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text brought its own
             del ids[0]
         return ids
-    prompt, rendered = _render_any(tokenizer, prompt)
+    prompt, rendered = _render_any(tokenizer, prompt, to_answer)
     special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     if any(special_ids.intersection(_ids(tokenizer, content)) for _, content in prompt):
-        return _encode_guarded(tokenizer, prompt, rendered)
+        return _encode_guarded(tokenizer, prompt, rendered, to_answer)
     return _ids(tokenizer, rendered)
 
 
@@ -110,15 +111,15 @@ def _ids(
     return list(encoded["input_ids"])
 
 
-def _render_any(tokenizer: PreTrainedTokenizerBase, chat: Messages) -> tuple[Messages, str]:
+def _render_any(tokenizer: PreTrainedTokenizerBase, chat: Messages, to_answer: bool) -> tuple[Messages, str]:
     """The chat as the template takes it, and its text; a system message is folded into the user's where it must be."""
     try:
-        return chat, _render(tokenizer, chat)
+        return chat, _render(tokenizer, chat, to_answer=to_answer)
     except RowError:
         if [role for role, _ in chat[:2]] != ["system", "user"]:
             raise
     folded = (("user", f"{chat[0][1]}\n\n{chat[1][1]}"), *chat[2:])
-    return folded, _render(tokenizer, folded)
+    return folded, _render(tokenizer, folded, to_answer=to_answer)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, chat: Messages, *, to_answer: bool = True) -> str:
@@ -136,7 +137,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, chat: Messages, *, to_answer: bo
         raise RowError("invalid_roles", f"the model's chat template refuses this chat: {error.message}") from error
 
 
-def _encode_guarded(tokenizer: PreTrainedTokenizerBase, prompt: Messages, rendered: str) -> list[int]:
+def _encode_guarded(tokenizer: PreTrainedTokenizerBase, prompt: Messages, rendered: str, to_answer: bool) -> list[int]:
     """As `encode_prompt` for a chat in whose contents special-token strings occur.
 
     Renders the template around placeholders, so that it is known which characters are its own; special tokens are
@@ -145,7 +146,8 @@ def _encode_guarded(tokenizer: PreTrainedTokenizerBase, prompt: Messages, render
     name = "placeholder"
     while any(name in content for _, content in prompt):
         name += "x"
-    held = _render(tokenizer, tuple((role, f"{PAD}{name}{i}z{PAD}") for i, (role, _) in enumerate(prompt)))
+    placeholders = tuple((role, f"{PAD}{name}{i}z{PAD}") for i, (role, _) in enumerate(prompt))
+    held = _render(tokenizer, placeholders, to_answer=to_answer)
     # Split into: template, pad kept on the left, message number, pad kept on the right, template, …
     fields = re.split(f"({PAD})?{name}([0-9]+)z({PAD})?", held)
     parts = [(fields[0], False)]  # text, whether it is a message's

@@ -25,12 +25,13 @@ class Followers:
 
     Args:
         num_threads: CPU threads of each rank.
+        life: the module whose `follow(descriptor)` is what such a rank does.
 
     Attributes:
         store: descriptor of the file where the ranks meet, the same in all of them.
     """
 
-    def __init__(self, config: EngineConfig, num_threads: int) -> None:
+    def __init__(self, config: EngineConfig, num_threads: int, life: str = "actors.engines.torch_model") -> None:
         end_group_with_this_process()
         self.store = os.memfd_create("ranks")  # a file without a name: no death leaves it behind
         self._pipes: list[Connection] = []
@@ -38,7 +39,7 @@ class Followers:
         self._ending = False
         for rank in range(1, config.tensor_parallel_size):
             ours, theirs = Pipe()
-            command = f"from actors.engines.torch_model import follow; follow({theirs.fileno()})"
+            command = f"from {life} import follow; follow({theirs.fileno()})"
             fds = [theirs.fileno(), self.store]
             self._children.append(subprocess.Popen([sys.executable, "-c", command], pass_fds=fds))
             theirs.close()  # so that the end of the child is the end of the pipe

@@ -28,7 +28,7 @@ def load_model(config: EngineConfig) -> PreTrainedModel:
 
     Raises ConfigError in one line.
     """
-    device = _device(config)
+    device = device_of(config)
     size = config.tensor_parallel_size
     disable_progress_bar()  # a job's log has a line for every pool already
     try:
@@ -68,7 +68,7 @@ def check_shards(config: EngineConfig) -> None:
     for name, count in counts.items():
         if count % size:
             raise ConfigError(f"tensor_parallel_size is {size}, which does not divide the model's {name} of {count}")
-    _device(config)
+    device_of(config)
 
 
 def load_shard(config: EngineConfig, rank: int, store: int) -> PreTrainedModel:
@@ -77,7 +77,7 @@ def load_shard(config: EngineConfig, rank: int, store: int) -> PreTrainedModel:
     Args:
         store: descriptor of the file where the ranks meet.
     """
-    join_ranks(rank, config.tensor_parallel_size, store, _device(config))
+    join_ranks(rank, config.tensor_parallel_size, store, device_of(config))
     model = load_model(config)
     dist.barrier()
     return model
@@ -109,7 +109,7 @@ def follow(descriptor: int) -> None:
     dist.destroy_process_group()
 
 
-def _device(config: EngineConfig) -> Literal["cpu", "cuda"]:
+def device_of(config: EngineConfig) -> Literal["cpu", "cuda"]:
     """Where the model goes. Raises ConfigError where there are not the GPUs for it."""
     if config.device == "cpu":
         return "cpu"

@@ -9,6 +9,7 @@ import platform
 import re
 import sys
 from dataclasses import fields
+from typing import Any
 
 from vllm import SamplingParams
 from vllm import __version__ as vllm_version
@@ -67,11 +68,11 @@ class VllmEngine:
 
     def __init__(self, config: EngineConfig, num_threads: int) -> None:
         self._config = config
-        _set_environment(config, num_threads)
+        set_environment(config, num_threads)
         end_group_with_this_process()
         self._tokenizer = load_tokenizer(config.model, config.revision)
         self._end_of_turn = end_of_turn(self._tokenizer)
-        vllm_config = _vllm_config(config)
+        vllm_config = make_vllm_config(config)
         self._limit: int = vllm_config.model_config.max_model_len
         self._num_words: int = vllm_config.model_config.get_vocab_size()
         end = self._tokenizer.eos_token_id if self._end_of_turn is None else self._end_of_turn
@@ -84,10 +85,10 @@ class VllmEngine:
                 self._tokenizer,
             )
         except (VLLMClientError, ValueError) as error:
-            raise ConfigError(f"vllm refuses these sampling settings: {_line(error)}") from error
+            raise ConfigError(f"vllm refuses these sampling settings: {first_reason(error)}") from error
         num_guesses, costs = _decoder(config, num_threads, vllm_config)
         self._drafts = DraftFolder(costs) if num_guesses else None
-        self._llm = _start(_vllm_config(config, num_guesses) if num_guesses else vllm_config)
+        self._llm = start_core(make_vllm_config(config, num_guesses) if num_guesses else vllm_config)
         self._names = itertools.count()
         self._num_tokens = self._num_running = self._num_waiting = 0
 
@@ -110,7 +111,7 @@ class VllmEngine:
             with self._drafts.holding([*prompt, *reserved], draft, max_tokens=max_tokens) as outcome:
                 return await self._make(prompt, reserved, request.seed, outcome)
         except VLLMClientError as error:  # the sampling settings were checked at the start: it is the prompt
-            raise RowError("rejected_by_engine", _line(error)) from error
+            raise RowError("rejected_by_engine", first_reason(error)) from error
         except Exception:
             self.close(timeout=0)  # or else this process would wait for the core at its end
             raise
@@ -196,7 +197,7 @@ class VllmEngine:
         )
 
 
-def _set_environment(config: EngineConfig, num_threads: int) -> None:
+def set_environment(config: EngineConfig, num_threads: int) -> None:
     """What vLLM reads from the environment alone. What the user has set there stays, but for telemetry: it is off."""
     os.environ["VLLM_NO_USAGE_STATS"] = os.environ["VLLM_DO_NOT_TRACK"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -205,7 +206,7 @@ def _set_environment(config: EngineConfig, num_threads: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(max(1, num_threads // config.tensor_parallel_size))
 
 
-def _start(vllm_config: VllmConfig) -> AsyncLLM:
+def start_core(vllm_config: VllmConfig) -> AsyncLLM:
     return AsyncLLM(vllm_config, Executor.get_class(vllm_config), log_stats=False, log_requests=False)
 
 
@@ -238,7 +239,7 @@ def _decoder(config: EngineConfig, num_threads: int, plain: VllmConfig) -> tuple
         found = calibrated(
             key,
             lambda: measure(
-                lambda num: _start(_vllm_config(config, num)),
+                lambda num: start_core(make_vllm_config(config, num)),
                 num_requests=config.max_num_seqs,
                 max_guesses=max_guesses,
                 max_model_len=plain.model_config.max_model_len,
@@ -246,13 +247,13 @@ def _decoder(config: EngineConfig, num_threads: int, plain: VllmConfig) -> tuple
             ),
         )
     except (ConfigError, RuntimeError) as error:  # vLLM does not start with a proposer, or not at all
-        print(f"decoder auto: no drafts: {_line(error)}", file=sys.stderr, flush=True)
+        print(f"decoder auto: no drafts: {first_reason(error)}", file=sys.stderr, flush=True)
         return 0, None
     return (max_guesses, found.drafting) if found.pays else (0, None)
 
 
-def _vllm_config(config: EngineConfig, num_guesses: int = 0) -> VllmConfig:
-    """Raises ConfigError in one line."""
+def make_vllm_config(config: EngineConfig, num_guesses: int = 0, **more: Any) -> VllmConfig:
+    """vLLM's config for a model, with `more` of its arguments. Raises ConfigError in one line."""
     on_cpu = current_platform.is_cpu()
     if config.device == "cuda" and on_cpu:
         raise ConfigError("device is cuda, but the vllm that is installed is the one for CPUs")
@@ -278,6 +279,7 @@ def _vllm_config(config: EngineConfig, num_guesses: int = 0) -> VllmConfig:
         "enforce_eager": on_cpu,
         "stream_interval": TELL_EVERY_TOKENS,
         "use_tqdm_on_load": False,
+        **more,
         **config.engine_kwargs,
     }
     if num_guesses:
@@ -289,7 +291,7 @@ def _vllm_config(config: EngineConfig, num_guesses: int = 0) -> VllmConfig:
     try:
         made = AsyncEngineArgs(**arguments).create_engine_config()
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, AssertionError, OSError) as error:
-        raise ConfigError(f"vllm refuses this model or its settings: {_line(error)}") from error
+        raise ConfigError(f"vllm refuses this model or its settings: {first_reason(error)}") from error
     if num_guesses:  # vLLM asks no proposer, and guesses token 0 for all, once a request is so near to its limit
         roomy = copy.copy(made.speculative_config.draft_model_config)
         roomy.max_model_len += num_guesses
@@ -312,7 +314,7 @@ def _cache_bytes(config: EngineConfig, made: VllmConfig) -> int:
     return int(num_tokens * values * get_dtype_size(model.dtype))
 
 
-def _line(error: Exception) -> str:
+def first_reason(error: Exception) -> str:
     """What a user needs of an error of vLLM's: pydantic wraps the reason in lines of its own."""
     text = str(error).strip()
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]

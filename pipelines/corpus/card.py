@@ -43,6 +43,7 @@ def _card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | None) -
         f"{len(each['finished_shards'])} | {', '.join(each['fingerprints'])} |"
         for each in found
     ]
+    lines += _rewards(found)
     if run:
         lines += ["", "## Made with", "", "| setting | value |", "|---|---|"]
         lines += [f"| `{key}` | {_cell(value)} |" for key, value in sorted(run["fingerprint"].items())]
@@ -63,6 +64,20 @@ def _card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | None) -
         "",
     ]
     return "\n".join(lines)
+
+
+def _rewards(found: list[dict[str, Any]]) -> list[str]:
+    """The means of each reward, by partition; [] where nothing was scored. Manifests of earlier versions have none."""
+    rows = [
+        f"| run={each['number']:06d} | {name} | {means['num_candidates']} | {means['response']:.4g} | "
+        f"{means['aligned']:.4g} |"
+        for each in found
+        for name, means in sorted(each.get("rewards", {}).items())
+    ]
+    if not rows:
+        return []
+    head = ["| partition | reward | candidates | mean of responses | mean of aligned texts |", "|---|---|---|---|---|"]
+    return ["", "## Rewards", "", *head, *rows]
 
 
 def _config(name: str, parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from actors.contract import label, unpack
+from actors.contract import REWARD_NOTES, REWARDS, label, unpack
 from pipelines.corpus import schema
 from pipelines.corpus.parquet import Damaged, read_footer
 from pipelines.corpus.read import WholeRows
@@ -49,8 +49,11 @@ class Committer:
         """Commit one packed unit. Returns one row: unit, rows, quarantined, won (this call's copy did), `_aligning`."""
         unit = Unit.named(label(packed, "unit"))
         shard = json.loads(label(packed, "shard"))
-        table = self._table(unit, shard, unpack(packed))
+        unpacked = unpack(packed)
+        table = self._table(unit, shard, unpacked)
         facts = self._facts(unit, shard, table)
+        faults = _or_nulls(unpacked, "reward_notes", REWARD_NOTES)
+        facts["reward_notes"] = dict(Counter(pc.list_flatten(faults).to_pylist()))
         won = write_unit(self.output, unit, table, facts)
         return pa.table(
             {
@@ -68,7 +71,10 @@ class Committer:
         if source_rows.to_pylist() != list(range(unit.start, unit.stop)):
             raise ValueError(f"unit {unit.name} came through the stages with other rows than it set out with")
         well = pc.is_null(rows["problem"])
-        columns = {name: rows[name] for name in ("prompt_id", "prompt", "responses", "aligned", "source")}
+        columns = {name: rows[name] for name in ("prompt_id", "prompt", "responses", "aligned")}
+        columns["rewards"] = _or_nulls(rows, "rewards", REWARDS)
+        columns["source"] = rows["source"]
+        columns["published_source"] = _or_nulls(rows, "published_source", schema.SOURCE)
         columns["status"] = pc.if_else(well, "ok", "quarantined")
         columns["problem"] = rows["problem"]
         columns["input"] = pa.array(self._inputs(unit, shard, rows), pa.string())
@@ -107,6 +113,13 @@ class Committer:
             "by": f"{socket.gethostname()}:{os.getpid()}",
             "nonce": os.urandom(8).hex(),
         }
+
+
+def _or_nulls(rows: pa.Table, name: str, dtype: pa.DataType) -> pa.ChunkedArray:
+    """A column that only some jobs have."""
+    if name in rows.column_names:
+        return rows[name]
+    return pa.chunked_array([pa.array([None] * rows.num_rows, dtype)])  # pa.nulls would null a struct's fields as well
 
 
 @functools.lru_cache(ROW_GROUPS_AT_ONCE)

@@ -11,7 +11,7 @@ from pipelines.corpus import units
 from pipelines.corpus.commit import unit_facts
 from pipelines.corpus.parquet import Damaged
 from pipelines.corpus.read import Span
-from pipelines.corpus.shards import BadShard, Input, InputConfig, Listed, Shard, shard_of
+from pipelines.corpus.shards import BadShard, Input, Listed, Shard, ShardsConfig, shard_of
 from pipelines.corpus.state import State
 from pipelines.corpus.storage import Storage
 from pipelines.corpus.units import Coverage, Unit
@@ -47,7 +47,7 @@ class Plan:
 
 def make_plan(
     source: Input,
-    config: InputConfig,
+    config: ShardsConfig,
     output: Storage,
     state: State,
     *,
@@ -141,14 +141,13 @@ def _limited(pending: list[Unit], limit: int | None) -> list[Unit]:
     return [unit for unit, rows in zip(pending, before, strict=False) if rows < limit]
 
 
-def _refuse_unknown_column(bad: list[BadShard], config: InputConfig) -> None:
+def _refuse_unknown_column(bad: list[BadShard], config: ShardsConfig) -> None:
     """A column that no shard has is a mistake in the config, not in the shards."""
     (name, *others) = {shard.missing for shard in bad}
     if name is None or others:
         return
-    keys = {getattr(config, key): key for key in ("prompt_column", "id_column", "response_column")}
     reason = bad[0].reason.partition(": ")[2]
-    raise ConfigError(f"input.{keys.get(name, 'keep_columns')}: no shard has that column ({bad[0].path}: {reason})")
+    raise ConfigError(f"input.{config.key_of(name)}: no shard has that column ({bad[0].path}: {reason})")
 
 
 def _refuse_changed(shards: list[Shard], output: Storage, state: State) -> None:

@@ -21,6 +21,7 @@ from actors.contract import PROBLEM, ConfigError, option
 from pipelines.corpus import schema, units
 from pipelines.corpus.card import write_card
 from pipelines.corpus.commit import unit_facts
+from pipelines.corpus.means import mean_rewards
 from pipelines.corpus.parquet import Damaged, Watched, first_line, is_damage, read_footer
 from pipelines.corpus.shards import BadShard
 from pipelines.corpus.state import Partition, State, coverage_record, partition_folder, read_state
@@ -153,8 +154,10 @@ def _plan(
     named = {unit: found for unit, found in read if found and found["fingerprint"] == oldest}
     facts = dict(sorted(named.items(), key=lambda item: (item[1]["shard"]["path"], item[0])))  # the input's own order
     causes: Counter[str] = Counter()
+    reward_notes: Counter[str] = Counter()
     for found in facts.values():
         causes.update(found["causes"])
+        reward_notes.update(found.get("reward_notes", {}))
     shards = {found["shard"]["key"]: found["shard"] for found in facts.values()}
     plan = {
         "number": max((partition.number for partition in state.partitions), default=0) + 1,
@@ -163,6 +166,7 @@ def _plan(
         "num_rows": sum(unit.num_rows for unit in facts),
         "num_quarantined": sum(causes.values()),
         "causes": dict(causes),
+        "reward_notes": dict(reward_notes),
         "runs": sorted({found["run"] for found in facts.values()}),
         "fingerprints": sorted({found["fingerprint"] for found in facts.values()}),
         "shards": sorted(shards.values(), key=lambda record: (record["path"], record["key"])),
@@ -331,6 +335,8 @@ def _kept(table: pa.Table) -> list[str]:
 
 def _ok_rows(table: pa.Table) -> pa.Table:
     kept = _kept(table)
+    source = pc.coalesce(table["published_source"], table["source"])
+    table = table.set_column(table.column_names.index("source"), "source", source)
     rows = table.select([*schema.CORPUS.names, *kept])
     return rows.cast(pa.schema([*schema.CORPUS, *(table.schema.field(name) for name in kept)]))
 
@@ -369,6 +375,8 @@ def _manifest(
         "causes": dict(causes),
         "num_units": len(partition.units),
         "num_repeated_ids": _num_repeated_ids(output, corpus),
+        "rewards": mean_rewards(output, corpus),
+        "reward_notes": plan.get("reward_notes", {}),  # plans of earlier versions have none
         "published_at": time.time(),
         "corpus": corpus,
         "quarantine": quarantine,

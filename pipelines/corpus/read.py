@@ -16,8 +16,9 @@ from ray.data import Datasource
 from ray.data.block import Block, BlockMetadata
 from ray.data.datasource import ReadTask
 
-from actors.contract import MESSAGE, PROBLEM, PROMPT, pack
+from actors.contract import MESSAGE, PROBLEM, PROMPT, REWARDS, pack
 from pipelines.corpus.parquet import Watched, first_line, is_damage
+from pipelines.corpus.published import CorpusConfig
 from pipelines.corpus.schema import SOURCE
 from pipelines.corpus.shards import Input, InputConfig, Shard, is_string, shard_record
 from pipelines.corpus.units import Unit, cut
@@ -56,7 +57,7 @@ class Span:
 class UnitSource(Datasource):  # type: ignore[misc]  # Ray has no types
     """A Ray Data source of packed units, made lazily: a read task walks many and is held back when they pile up."""
 
-    def __init__(self, source: Input, config: InputConfig, spans: tuple[Span, ...]) -> None:
+    def __init__(self, source: Input, config: InputConfig | CorpusConfig, spans: tuple[Span, ...]) -> None:
         super().__init__()
         self._source, self._config = source, config
         self._tasks = list(_tasks(spans))
@@ -92,7 +93,7 @@ def _tasks(spans: tuple[Span, ...]) -> Iterator[list[Span]]:
         yield held
 
 
-def read_spans(source: Input, config: InputConfig, spans: list[Span]) -> Iterator[Block]:
+def read_spans(source: Input, config: InputConfig | CorpusConfig, spans: list[Span]) -> Iterator[Block]:
     """Packed units, labelled with `unit` (its name) and `shard` (its record as JSON).
 
     Besides the columns of `read_checked` they have `input`: the whole row as JSON where it has a problem, null where it
@@ -107,14 +108,18 @@ def read_spans(source: Input, config: InputConfig, spans: list[Span]) -> Iterato
             yield pack(table, unit=unit.name, shard=shard)
 
 
-def read_checked(source: Input, config: InputConfig, span: Span) -> Iterator[tuple[Unit, pa.Table]]:
+def read_checked(source: Input, config: InputConfig | CorpusConfig, span: Span) -> Iterator[tuple[Unit, pa.Table]]:
     """The span's units with every row checked.
 
-    Columns: prompt_id, prompt, stored (where there is a response column), the kept columns, source, problem.
+    Columns: prompt_id, prompt, stored (where there is a response column), the kept columns, source, problem. Of a
+    published corpus, whose rows are well: all of its own, with what it calls source as `published_source`, too.
     """
     for unit, rows in _rows(source, config.columns, span):
-        make = _unreadable if isinstance(rows, Unreadable) else _checked
-        yield unit, make(config, span, unit, rows)
+        if isinstance(config, CorpusConfig):
+            yield unit, _published(config, span, unit, rows)
+        else:
+            make = _unreadable if isinstance(rows, Unreadable) else _checked
+            yield unit, make(config, span, unit, rows)
 
 
 @dataclass(frozen=True)
@@ -281,6 +286,30 @@ def _unreadable(config: InputConfig, span: Span, unit: Unit, rows: Unreadable) -
         columns[name] = pa.nulls(count, rows.schema.field(name).type)
     columns["source"] = _source(span, unit)
     columns["problem"] = _problem_array(count, dict.fromkeys(range(count), ("unreadable_row_group", rows.message)))
+    return pa.table(columns)
+
+
+def _published(config: CorpusConfig, span: Span, unit: Unit, rows: "pa.Table | Unreadable") -> pa.Table:
+    """Rows of a corpus as they are: nothing is checked again. An older corpus has no column of rewards."""
+    count = unit.num_rows
+    columns: dict[str, Any] = {}
+    problems: Problems = {}
+    if isinstance(rows, Unreadable):
+        problems = dict.fromkeys(range(count), ("unreadable_row_group", rows.message))
+        columns = {
+            name: pa.array(
+                [None] * count, rows.schema.field(name).type
+            )  # pa.nulls would null fields of structs as well
+            for name in config.columns
+            if name in rows.schema.names
+        }
+        columns["prompt_id"] = pa.array([_row_id(unit, row) for row in range(count)])
+    else:
+        columns = {name: rows[name] for name in rows.column_names}
+    columns.setdefault("rewards", pa.nulls(count, REWARDS))
+    columns["published_source"] = columns.pop("source")
+    columns["source"] = _source(span, unit)
+    columns["problem"] = _problem_array(count, problems)
     return pa.table(columns)
 
 

@@ -2,10 +2,10 @@
 
 import pyarrow as pa
 
-from actors.contract import ALIGNED_LIST, PROBLEM, PROMPT, RESPONSES
+from actors.contract import ALIGNED_LIST, PROBLEM, PROMPT, RESPONSES, REWARDS
 
-VERSION = 1
-"""Part of every run's fingerprint; raised when a field's meaning changes."""
+VERSION = 2
+"""Part of every run's fingerprint; raised when a field is added, or its meaning changes."""
 
 SOURCE = pa.struct(
     [
@@ -18,8 +18,8 @@ SOURCE = pa.struct(
 PROMPT_ID = pa.field("prompt_id", pa.string(), False)
 """The user's id, or `h:` and 32 hex digits of a hash of the prompt; `row:<shard>:<row>` where neither could be read."""
 
-RESERVED = ("unit", "shard", "stored", "run")
-"""Besides the columns: labels of a travelling unit, the answers it brings along, and the key in partitions' paths."""
+RESERVED = ("unit", "shard", "stored", "reward_notes", "run")
+"""Besides the columns: labels of a travelling unit, what it brings along, and the key in partitions' paths."""
 
 CORPUS = pa.schema(
     [
@@ -27,6 +27,7 @@ CORPUS = pa.schema(
         pa.field("prompt", PROMPT, False),  # a chat; a string prompt is one user message
         pa.field("responses", RESPONSES, False),  # one per candidate, failed ones included: at least one is ok
         pa.field("aligned", ALIGNED_LIST, False),  # parallel to `responses`
+        pa.field("rewards", REWARDS),  # null where nothing was scored
         pa.field("source", SOURCE, False),
     ]
 )
@@ -52,7 +53,9 @@ UNIT = pa.schema(
         pa.field("prompt", PROMPT),
         pa.field("responses", RESPONSES),
         pa.field("aligned", ALIGNED_LIST),
-        pa.field("source", SOURCE, False),
+        pa.field("rewards", REWARDS),
+        pa.field("source", SOURCE, False),  # in what this job reads
+        pa.field("published_source", SOURCE),  # where that is a corpus: the row's `source` there, which it keeps
         pa.field("status", pa.string(), False),  # ok | quarantined
         pa.field("problem", PROBLEM),  # null when ok
         pa.field("input", pa.string()),  # as in QUARANTINE; null when ok

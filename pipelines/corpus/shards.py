@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import fsspec
 import pyarrow as pa
@@ -21,6 +21,25 @@ from pipelines.corpus import schema
 from pipelines.corpus.parquet import Damaged, read_footer
 from pipelines.corpus.patience import PatientFileSystem
 from pipelines.corpus.storage import RETRY_S, Storage, concurrently
+
+
+class ShardsConfig(Protocol):
+    """What planning and reading ask of a config of shards, whatever is in them: `columns` are those that are read."""
+
+    @property
+    def columns(self) -> list[str]: ...
+    @property
+    def keep_columns(self) -> list[str]: ...
+    @property
+    def on_changed_shard(self) -> str: ...
+
+    def key_of(self, column: str) -> str:
+        """The key that names a column."""
+        ...
+
+    def refusal(self, columns: pa.Schema, kept_types: Mapping[str, str]) -> str | None:
+        """Why a shard of such columns cannot be read; None where it can. `kept_types` are those of earlier shards."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,6 +70,13 @@ class InputConfig:
         """The columns that are read, each once."""
         named = [self.prompt_column, self.id_column, self.response_column, *self.keep_columns]
         return list(dict.fromkeys(name for name in named if name))
+
+    def key_of(self, column: str) -> str:
+        keys = ("prompt_column", "id_column", "response_column")
+        return next((key for key in keys if getattr(self, key) == column), "keep_columns")
+
+    def refusal(self, columns: pa.Schema, kept_types: Mapping[str, str]) -> str | None:
+        return missing_column(columns, self.columns) or _wrong_type(columns, self) or changed_type(columns, kept_types)
 
 
 @dataclass(frozen=True)
@@ -185,13 +211,17 @@ class Input:
         except FileNotFoundError:
             raise ConfigError(f"shard {shard.path} has gone since it was planned; run again") from None
         info = self.fs.info(path)
-        if (int(info["size"]), _tag(info)) != (shard.size, shard.tag):
+        if not self.is_still(shard, info):
             file.close()
             raise ConfigError(f"shard {shard.path} has changed since it was planned; run again when it is in place")
         return file
 
+    def is_still(self, shard: Listed, info: Mapping[str, Any]) -> bool:
+        """Whether the file that `info` describes is the version of the shard that was listed."""
+        return (int(info["size"]), _tag(info)) == (shard.size, shard.tag)
+
     def footers(
-        self, listed: Iterable[Listed], config: InputConfig, kept_types: Mapping[str, str]
+        self, listed: Iterable[Listed], config: ShardsConfig, kept_types: Mapping[str, str]
     ) -> tuple[list[Shard], list[BadShard], dict[str, str]]:
         """Read footers, many at a time: the shards, those that must be refused, and the kept columns' types.
 
@@ -206,10 +236,10 @@ class Input:
                 continue
             metadata, digest = result
             columns = metadata.schema.to_arrow_schema()
-            reason = _refusal(columns, config, types)
+            reason = config.refusal(columns, types)
             if reason:
-                missing = next((name for name in config.columns if name not in columns.names), None)
-                bad.append(BadShard(found.path, reason, missing))
+                lacking = next((name for name in config.columns if name not in columns.names), None)
+                bad.append(BadShard(found.path, reason, lacking if reason.startswith("missing_column") else None))
                 continue
             for name in config.keep_columns:
                 types.setdefault(name, str(columns.field(name).type))
@@ -258,14 +288,28 @@ def is_string(dtype: pa.DataType) -> bool:
     return bool(pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype))
 
 
-def _refusal(columns: pa.Schema, config: InputConfig, kept_types: Mapping[str, str]) -> str | None:
-    for name in config.columns:
+def missing_column(columns: pa.Schema, wanted: Iterable[str]) -> str | None:
+    """Why not all wanted columns can be read from a shard; None where they can."""
+    for name in wanted:
         if name not in columns.names:
             near = difflib.get_close_matches(name, columns.names, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             return f"missing_column: there is no column {name!r} among {', '.join(columns.names) or 'none'}{hint}"
         if len(columns.get_all_field_indices(name)) > 1:
             return f"schema_mismatch: there are two columns {name!r}"
+    return None
+
+
+def changed_type(columns: pa.Schema, kept_types: Mapping[str, str]) -> str | None:
+    """Which kept column has another type than in the shards before; None where none has."""
+    for name, before in kept_types.items():
+        found = str(columns.field(name).type)
+        if found != before:
+            return f"schema_mismatch: column {name!r} is {found} here and {before} in the shards before"
+    return None
+
+
+def _wrong_type(columns: pa.Schema, config: InputConfig) -> str | None:
     prompt = columns.field(config.prompt_column).type
     if not is_prompt_type(prompt):
         return f"wrong_type: {config.prompt_column!r} is {prompt}; a string or list<struct<role, content>> is needed"
@@ -278,10 +322,6 @@ def _refusal(columns: pa.Schema, config: InputConfig, kept_types: Mapping[str, s
         inner = response.value_type if pa.types.is_list(response) or pa.types.is_large_list(response) else response
         if not (is_string(inner) or pa.types.is_null(inner)):
             return f"wrong_type: {config.response_column!r} is {response}; a string or a list of strings is needed"
-    for name in config.keep_columns:
-        found = str(columns.field(name).type)
-        if found != kept_types.get(name, found):
-            return f"schema_mismatch: column {name!r} is {found} here and {kept_types[name]} in the shards before"
     return None
 
 

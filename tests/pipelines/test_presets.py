@@ -7,7 +7,7 @@ import pytest
 from pipelines.config import compose, presets
 from pipelines.settings import AlignCorpusConfig
 
-GROUPS = ("policy", "aligner", "site")
+GROUPS = ("policy", "aligner", "reward", "site")
 PUBLISHED = {
     "diffpo_2b": ("RuizheChen/DiffPO-2B", "diffpo", "torch", 6),
     "diffpo_8b": ("RuizheChen/DiffPO-8B", "diffpo", "torch", 6),
@@ -23,7 +23,13 @@ def composed(*arguments: str) -> AlignCorpusConfig:
 
 
 def without_model(group: str, name: str) -> bool:
-    return (group, name) in {("policy", "vllm"), ("policy", "openai"), ("aligner", "rewrite_vllm")}
+    return (group, name) in {
+        ("policy", "vllm"),
+        ("policy", "openai"),
+        ("aligner", "rewrite_vllm"),
+        ("reward", "vllm"),
+        ("reward", "judge"),
+    }
 
 
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in presets(group)])

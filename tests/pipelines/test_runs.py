@@ -7,16 +7,20 @@ import pytest
 from actors.aligner import AlignerConfig
 from actors.contract import ConfigError
 from actors.policy import PolicyConfig
+from actors.reward import RewardConfig
 from pipelines.corpus.publish import OutputConfig, publish
 from pipelines.corpus.runs import check_fingerprint, create_run, digest, latest_run, making_run
 from pipelines.corpus.shards import InputConfig
 from pipelines.corpus.state import read_state
 from pipelines.corpus.storage import Storage
 from pipelines.reference import reference_yaml
-from pipelines.settings import AlignCorpusConfig, RunConfig, SiteConfig, fingerprint
+from pipelines.settings import AlignCorpusConfig, RunConfig, ScoreCorpusConfig, SiteConfig, fingerprint
 from tests.pipelines.corpus.fabricate import commit_units, fake_shard
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+RULES = RewardConfig(model="r", rules={"length": 1.0})
 
 
 def config(**sections: object) -> AlignCorpusConfig:
@@ -33,6 +37,7 @@ def config(**sections: object) -> AlignCorpusConfig:
 
 def test_the_documented_config_is_the_schema() -> None:
     assert (CONF / "align_corpus.yaml").read_text() == reference_yaml(AlignCorpusConfig)
+    assert (CONF / "score_corpus.yaml").read_text() == reference_yaml(ScoreCorpusConfig)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +50,8 @@ def test_the_documented_config_is_the_schema() -> None:
         config(aligner=AlignerConfig(model="a", engine="stored", recipe="aligner")),
         config(aligner=AlignerConfig(model="a", engine="stored", template="{{ answer }}")),
         config(run=RunConfig(seed=1)),
+        config(reward=RULES),
+        config(rewards=[RULES]),
         config(input=InputConfig(path="/in", response_column="response", keep_columns=["x"])),
     ],
 )
@@ -66,6 +73,19 @@ def test_what_can_change_a_row_is_in_the_fingerprint(other: AlignCorpusConfig) -
 )
 def test_what_cannot_change_a_row_is_not(other: AlignCorpusConfig) -> None:
     assert digest(fingerprint(other, {})) == digest(fingerprint(config(), {}))
+
+
+@pytest.mark.parametrize(
+    ("other", "changes"),
+    [
+        (RewardConfig(model="r", rules={"length": 0.5}), True),
+        (RewardConfig(model="other", rules={"length": 1.0}), True),
+        (RewardConfig(model="r", rules={"length": 1.0}, name="renamed"), True),
+        (RewardConfig(model="r", rules={"length": 1.0}, replicas=3, num_cpus=2), False),
+    ],
+)
+def test_what_can_change_a_reward_is_in_the_fingerprint(other: RewardConfig, changes: bool) -> None:
+    assert (fingerprint(config(reward=other), {}) != fingerprint(config(reward=RULES), {})) == changes
 
 
 def test_kept_types_are_in_the_fingerprint() -> None:

@@ -11,7 +11,7 @@ import pytest
 from actors.aligner import AlignerConfig
 from actors.contract import ConfigError
 from actors.policy import PolicyConfig
-from pipelines import align_corpus
+from pipelines import job
 from pipelines.corpus.plan import Plan
 from pipelines.corpus.publish import OutputConfig, publish
 from pipelines.corpus.runs import create_run
@@ -269,7 +269,7 @@ def _job(path: Path, output: Storage, **run: Any) -> tuple[AlignCorpusConfig, In
         run=RunConfig(**run),
     )
     source = Input(config.input.path)
-    return config, source, align_corpus.planned(config, source, output, None)
+    return config, source, job.planned(config, source, output, None)
 
 
 def _run_job(path: Path, output: Storage, *, publishes: bool = True, **run: Any) -> int:

@@ -1,0 +1,56 @@
+"""Engines that score: a chat with its answer in, a number out; this is the one place that knows their names."""
+
+import os
+from typing import TYPE_CHECKING
+
+from actors.contract import ConfigError
+from actors.engines.base import Engine, EngineConfig, ScoringConfig
+from actors.engines.hosted import MAX_ATTEMPTS, HostedEngine, Remember, forget
+from actors.engines.ranks import Followers
+
+if TYPE_CHECKING:
+    from actors.reward import RewardConfig
+
+
+def build_reward(
+    config: "RewardConfig", num_threads: int, max_attempts: int = MAX_ATTEMPTS, remember: Remember = forget
+) -> Engine:
+    """The engine that scores as `config` says: in a process of its own, unless there is nothing in it to die.
+
+    Args:
+        num_threads: CPU threads of the engine.
+        max_attempts, remember: as of `build_engine`.
+
+    Raises ConfigError for a user's mistake, such as a model that is not there.
+    """
+    if config.engine == "rules":
+        from actors.rewards.rules import RuleEngine
+
+        return RuleEngine(config)
+    if config.engine in ("torch", "vllm"):
+        return HostedEngine(_build_here, config, num_threads, max_attempts, remember)
+    from actors.engines.openai_engine import OpenAIEngine
+
+    return OpenAIEngine(config)
+
+
+def _build_here(config: EngineConfig, num_threads: int) -> Engine:
+    """The engine itself, in this process."""
+    assert isinstance(config, ScoringConfig)
+    if config.engine == "vllm":
+        try:
+            from vllm import __version__  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(f"engine is vllm, but vllm cannot be imported here ({error})") from error
+        from actors.rewards.pooling import PoolingEngine
+
+        return PoolingEngine(config, num_threads)
+    if config.device == "cpu":  # before torch looks: transformers splits a model over GPUs wherever there is one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    followers = None
+    if config.tensor_parallel_size > 1:
+        num_threads = max(1, num_threads // config.tensor_parallel_size)
+        followers = Followers(config, num_threads, "actors.rewards.classifier")
+    from actors.rewards.classifier import Classifier  # torch and transformers take seconds to import
+
+    return Classifier(config, num_threads, followers)

@@ -1,0 +1,97 @@
+"""A published corpus as the input of a job that adds to it: its parts, by the manifests of finished partitions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from actors.contract import REWARDS, ConfigError, option
+from pipelines.corpus import schema
+from pipelines.corpus.parquet import read_footer
+from pipelines.corpus.shards import Input, Listed, changed_type, missing_column
+from pipelines.corpus.state import Partition, read_state
+from pipelines.corpus.storage import RETRY_S, Storage, concurrently
+
+ALL = ["*"]
+ADDED_LATER = ("rewards",)
+"""Columns of the corpus that those of earlier versions do not have."""
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Which corpus, and what of it."""
+
+    path: str = option("???", "root of the corpus: the output.root of the job that made it")
+    keep_columns: list[str] = option(
+        ALL, 'columns to carry along besides those of every corpus; ["*"]: all that there are', changes_rows=True
+    )
+    on_bad_shard: Literal["fail", "skip"] = option("fail", "a part that cannot be read: stop at once, or do the others")
+    on_changed_shard: Literal["fail", "new"] = option("fail", "a known part with new content: stop, or take it as new")
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that are read, those of ADDED_LATER where they are there."""
+        return [*schema.CORPUS.names, *self.keep_columns]
+
+    def key_of(self, column: str) -> str:
+        return "keep_columns" if column in self.keep_columns else "path"
+
+    def refusal(self, columns: pa.Schema, kept_types: Mapping[str, str]) -> str | None:
+        needed = [name for name in self.columns if name not in ADDED_LATER]
+        if "rewards" in columns.names and columns.field("rewards").type != REWARDS:
+            return f"wrong_type: 'rewards' is {columns.field('rewards').type}, a column of another meaning"
+        return missing_column(columns, needed) or changed_type(columns, kept_types)
+
+
+class CorpusInput(Input):
+    """The parts of a corpus. A partition counts from its `_SUCCESS` on; what is in it never changes. Safe to pickle."""
+
+    def __init__(self, url: str, options: Mapping[str, Any] | None = None, retry_s: float = RETRY_S) -> None:
+        super().__init__(url, options, retry_s)
+        self._corpus = Storage(url, dict(options or {}), retry_s)
+
+    def listing(self) -> list[Listed]:
+        """Every part of every finished partition, in order; its tag is its checksum, which a copy of it has, too.
+
+        Raises ConfigError where there is none.
+        """
+        return [
+            Listed(part["path"], part["num_bytes"], part["sha256"])
+            for partition in self._partitions()
+            for part in partition.manifest["corpus"]  # type: ignore[index]  # finished ones have one
+        ]
+
+    def is_still(self, shard: Listed, info: Mapping[str, Any]) -> bool:
+        """By its size: a part is created once, and pages have checksums of their own."""
+        return int(info["size"]) == shard.size
+
+    def refuse_own_output(self, output: Storage) -> None:
+        """Raise ConfigError where the output is the corpus itself."""
+        if type(self.fs.raw) is type(output.fs.raw) and output.root == self._corpus.root:
+            raise ConfigError(f"output.root is the corpus that is read, {output.url}: take another for the scored one")
+
+    def with_columns(self, config: CorpusConfig) -> CorpusConfig:
+        """The config with ALL written out. Raises ConfigError where partitions do not keep the same columns."""
+        if config.keep_columns != ALL:
+            return config
+        firsts = [(each.number, each.manifest["corpus"][0]) for each in self._partitions() if each.manifest["corpus"]]  # type: ignore[index]
+
+        def kept(first: tuple[int, dict[str, Any]]) -> list[str]:
+            metadata, _ = read_footer(self.fs, f"{self.root}/{first[1]['path']}", first[1]["num_bytes"])
+            return [name for name in metadata.schema.to_arrow_schema().names if name not in schema.CORPUS.names]
+
+        found = [(number, names) for (number, _), names in concurrently(kept, firsts)]
+        if len({tuple(sorted(names)) for _, names in found}) > 1:
+            told = "; ".join(f"run={number:06d}: {', '.join(names) or 'none'}" for number, names in found)
+            raise ConfigError(
+                f"the partitions of {self.url} keep different columns ({told}): "
+                "name in input.keep_columns those that all of them have"
+            )
+        return replace(config, keep_columns=found[0][1] if found else [])
+
+    def _partitions(self) -> list[Partition]:
+        found = [partition for partition in read_state(self._corpus).partitions if partition.manifest]
+        if not found:
+            raise ConfigError(f"input.path {self.url!r} holds no published partition of a corpus")
+        return found

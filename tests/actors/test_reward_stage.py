@@ -1,0 +1,128 @@
+"""The reward stage on packed units, with scripted engines: which texts it asks about, and what becomes of failures."""
+
+import asyncio
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from actors.contract import ALIGNED_LIST, PROBLEM, PROMPT, RESPONSES, REWARDS, RowError, pack, unpack
+from actors.engines.base import Completion, EngineStats, Messages, Request
+from actors.reward import RewardConfig, RewardStage
+
+PROBLEM_ROW = {"stage": "read", "cause": "null_prompt", "error_class": "InputError", "message": "m", "attempts": 1}
+
+
+class Lengths:
+    """The score of a text is its length; one that says `fail` is an error of that request."""
+
+    def __init__(self) -> None:
+        self.asked: list[Messages | str] = []
+
+    async def generate(self, request: Request) -> Completion:
+        self.asked.append(request.prompt)
+        text = request.prompt[-1][1]
+        if "fail" in text:
+            raise RowError("prompt_too_long", "9 tokens")
+        return Completion("", None, None, None, score=float(len(text)))
+
+    def stats(self) -> EngineStats:
+        return EngineStats(0, 0, 0)
+
+    def close(self) -> None: ...
+
+
+class Reports:
+    def __init__(self, *arguments: Any) -> None: ...
+
+    def report(self) -> Any:
+        return asyncio.sleep(0)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Lengths:
+    lengths = Lengths()
+    monkeypatch.setattr("actors.reward.build_reward", lambda config, num_threads: lengths)
+    monkeypatch.setattr("actors.pool.Reporter", Reports)
+    return lengths
+
+
+def candidate(text: str | None, **more: Any) -> dict[str, Any]:
+    return {
+        "text": text or "", "reasoning": None, "model": "m", "status": "failed" if text is None else "ok",
+        "error": None, "finish_reason": None, "num_prompt_tokens": None, "num_tokens": None, "seed": 1, **more,
+    }  # fmt: skip
+
+
+def unit_of(*rows: tuple[list[str | None], list[str | None]] | None) -> pa.Table:
+    """Rows of (responses, aligned); None is a row with a problem, a text of None a candidate that failed."""
+    count = range(len(rows))
+    responses = [[candidate(text) for text in row[0]] if row else [] for row in rows]
+    aligned = [[candidate(text, changed=None) for text in row[1]] if row else [] for row in rows]
+    return pack(
+        pa.table(
+            {
+                "prompt": pa.array([[{"role": "user", "content": f"prompt {n}"}] for n in count], PROMPT),
+                "responses": pa.array(responses, RESPONSES),
+                "aligned": pa.array(aligned, ALIGNED_LIST),
+                "problem": pa.array([None if row else PROBLEM_ROW for row in rows], PROBLEM),
+            }
+        ),
+        unit="u",
+    )
+
+
+def run(packed: pa.Table, *names: str) -> list[dict[str, Any]]:
+    async def through() -> pa.Table:
+        unit = packed
+        for name in names:
+            stage = RewardStage(
+                RewardConfig(engine="torch", model="m", name=name), name="reward", board=None, sharers=1
+            )
+            (unit,) = [made async for made in stage(unit)]
+        return unit
+
+    rows: list[dict[str, Any]] = unpack(asyncio.run(through())).to_pylist()
+    return rows
+
+
+def test_every_candidate_has_its_score_and_what_failed_has_none(engine: Lengths) -> None:
+    (row,) = run(unit_of((["a", None, "ccc"], ["bb", None, None])), "r")
+    assert row["rewards"] == [{"name": "r", "response": [1.0, None, 3.0], "aligned": [2.0, None, None]}]
+    assert row["reward_notes"] == []
+    assert engine.asked[0] == (("user", "prompt 0"), ("assistant", "a"))
+
+
+def test_a_text_that_comes_twice_in_a_row_is_asked_about_once(engine: Lengths) -> None:
+    rows = run(unit_of((["same", "same"], ["same", "other!"]), (["same"], ["same"])), "r")
+    assert [row["rewards"][0]["aligned"] for row in rows] == [[4.0, 6.0], [4.0]]
+    assert len(engine.asked) == 3
+
+
+def test_what_cannot_be_scored_loses_no_row_and_its_cause_is_told(engine: Lengths) -> None:
+    first, second = run(unit_of((["fail"], ["well"]), (["ok"], ["ok"])), "r")
+    assert first["rewards"] == [{"name": "r", "response": [None], "aligned": [4.0]}]
+    assert first["reward_notes"] == ["r: prompt_too_long"]
+    assert first["problem"] is None
+    assert second["reward_notes"] == []
+
+
+def test_a_second_reward_stands_beside_the_first_and_one_of_the_same_name_in_its_place(engine: Lengths) -> None:
+    (row,) = run(unit_of((["fail"], ["b"])), "r", "s", "r")
+    assert [reward["name"] for reward in row["rewards"]] == ["s", "r"]
+    assert row["reward_notes"] == ["r: prompt_too_long", "s: prompt_too_long", "r: prompt_too_long"]
+
+
+def test_a_row_with_a_problem_is_not_scored(engine: Lengths) -> None:
+    rows = run(unit_of(None, (["a"], ["b"])), "r", "s")
+    assert [row["rewards"] and len(row["rewards"]) for row in rows] == [None, 2]
+    assert len(engine.asked) == 4
+
+
+def test_the_column_has_the_type_of_the_corpus(engine: Lengths) -> None:
+    async def through() -> pa.Table:
+        stage = RewardStage(RewardConfig(engine="torch", model="m"), name="reward", board=None, sharers=1)
+        (unit,) = [made async for made in stage(unit_of(None, ([None], [None])))]
+        return unit
+
+    assert unpack(asyncio.run(through()))["rewards"].type == REWARDS

@@ -1,0 +1,164 @@
+"""Rewards through the command line: in the job that aligns, and for a corpus that is there; both must come to the same.
+
+Stored answers and an aligner that leaves them as they are: what is scored is known.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from actors.rewards.rules import RULES
+from pipelines.config import CONF
+from tests.end_to_end.jobs import CommandLine, CompletedJob, Row, corpus, files, manifests, write_shard
+from tests.end_to_end.scores import words
+
+WEIGHTS = {"length": 0.2, "repetition": 0.3, "refusal": 0.2, "language": 0.1, "format": 0.2}
+ANSWERS = [
+    ["It is a number, and a small one at that.", "I'm sorry, but I can't say."],
+    ["It is seven", "again and again and again and again."],
+    ["", "Nobody knows what it is, neither you nor I."],
+]
+REWARDS = ["reward=rules", "rewards=[{model: words, rules: {'tests.end_to_end.scores:words': 1}, num_cpus: 0.5}]"]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The same prompts aligned and scored in one job, and in two."""
+
+    together: Path
+    plain: Path
+    scored: Path
+    in_job: CompletedJob
+    afterwards: CompletedJob
+
+
+def score(command_line: CommandLine, *arguments: str) -> CompletedJob:
+    return command_line.start_command([sys.executable, "pipelines/score_corpus.py", *arguments]).wait()
+
+
+@pytest.fixture(scope="module")
+def runs(command_line: CommandLine, new_folder: Callable[[], Path]) -> Runs:
+    folder = new_folder()
+    columns = {
+        "prompt": [f"What do you think of the number {number}?" for number in range(9)],
+        "response": [ANSWERS[number % 3] for number in range(9)],
+        "topic": [f"topic {number}" for number in range(9)],
+    }
+    write_shard(folder / "prompts" / "a.parquet", columns, row_group_size=4)
+    align = [
+        "policy=stored", "aligner=identity", f"input.path={folder / 'prompts'}", "input.response_column=response",
+        "input.keep_columns=[topic]", "run.unit_rows=2",
+    ]  # fmt: skip
+    in_job = command_line.run(*align, f"output.root={folder / 'together'}", *REWARDS)
+    command_line.run(*align, f"output.root={folder / 'plain'}").expect(0)
+    scored = [f"input.path={folder / 'plain'}", f"output.root={folder / 'scored'}", *REWARDS, "run.unit_rows=4"]
+    afterwards = score(command_line, *scored)
+    return Runs(folder / "together", folder / "plain", folder / "scored", in_job, afterwards)
+
+
+def by_rules(row: Row, text: str) -> float:
+    return sum(weight * RULES[name](row["prompt"], text) for name, weight in WEIGHTS.items())
+
+
+def test_every_candidate_that_is_there_has_its_scores(runs: Runs) -> None:
+    runs.in_job.expect(0)
+    rows = corpus(runs.together)
+    assert len(rows) == 9
+    for row in rows:
+        first, second = row["rewards"]
+        assert (first["name"], second["name"]) == ("rules", "words")
+        texts = [each["text"] if each["status"] == "ok" else None for each in row["responses"]]
+        for side in ("response", "aligned"):
+            assert first[side] == [None if text is None else pytest.approx(by_rules(row, text)) for text in texts]
+            told = [None if text is None or "seven" in text else words(row["prompt"], text) for text in texts]
+            assert second[side] == told
+
+
+def test_scoring_a_corpus_comes_to_what_the_job_would_have_scored(runs: Runs) -> None:
+    runs.afterwards.expect(0)
+    assert corpus(runs.scored) == corpus(runs.together)
+    assert all(row["rewards"] is None for row in corpus(runs.plain))
+
+
+@pytest.mark.parametrize("job", ["in_job", "afterwards"])
+def test_the_summary_tells_rewards_before_and_after_and_what_has_none(runs: Runs, job: str) -> None:
+    completed: CompletedJob = getattr(runs, job)
+    lines = [line for line in completed.stdout.splitlines() if line.startswith("reward ")]
+    (means,) = [manifest["rewards"] for manifest in manifests(runs.scored)]
+    assert lines == [
+        f"reward rules: {means['rules']['response']:.4g} -> {means['rules']['aligned']:.4g} (+0) over 15 candidates",
+        f"reward words: {means['words']['response']:.4g} -> {means['words']['aligned']:.4g} (+0) over 12 candidates; "
+        "texts without a score: 3 reward_failed",
+    ]
+    assert "not a measure of quality" in completed.stdout
+
+
+def test_the_card_tells_the_rewards(runs: Runs) -> None:
+    card = (runs.scored / "README.md").read_text()
+    assert "| run=000001 | words | 12 |" in card
+    assert "not a measure of quality" in card
+
+
+def test_a_scored_corpus_is_not_scored_again(runs: Runs, lone_command_line: CommandLine) -> None:
+    before = files(runs.scored / "corpus")
+    arguments = [f"input.path={runs.plain}", f"output.root={runs.scored}", *REWARDS]
+    completed = score(lone_command_line, *arguments).expect(0)
+    assert "nothing new: 9 rows in 1 partition" in completed.stdout
+    assert files(runs.scored / "corpus") == before
+
+
+def test_another_reward_is_refused_with_both_values(runs: Runs, lone_command_line: CommandLine) -> None:
+    arguments = [f"input.path={runs.plain}", f"output.root={runs.scored}", *REWARDS, "reward.rules.length=0.4"]
+    (message,) = score(lone_command_line, *arguments).expect(2).errors
+    assert "reward.rules was {'length': 0.2" in message and "is {'length': 0.4" in message
+    assert "run.accept_changes=true" in message
+
+
+def test_a_dry_run_shows_the_reward_pools(runs: Runs, lone_command_line: CommandLine) -> None:
+    arguments = [f"input.path={runs.plain}", f"output.root={runs.scored}-new", *REWARDS, "rewards.0.replicas=2"]
+    completed = score(lone_command_line, *arguments, "--dry-run").expect(0)
+    assert "to do: 1 units, 9 rows" in completed.stdout
+    assert "reward: 1 x rules rules (0 GPUs, 0.5 CPUs each)" in completed.stdout
+    assert "reward_2: 2 x rules words (0 GPUs, 0.5 CPUs each)" in completed.stdout
+
+
+def test_a_mistake_in_a_reward_is_one_line(runs: Runs, lone_command_line: CommandLine) -> None:
+    arguments = [f"input.path={runs.plain}", f"output.root={runs.scored}-new"]
+    (message,) = (
+        score(lone_command_line, *arguments, "reward.model=r", "reward.rules={'nowhere:f': 1}").expect(2).errors
+    )
+    assert message.startswith("error: reward.rules.nowhere:f: cannot be imported (No module named 'nowhere')")
+    (message,) = score(lone_command_line, *arguments, "reward=rules", "rewards=[rules]").expect(2).errors
+    assert message == "error: rewards: 2 of them are called 'rules'; give each a name of its own"
+
+
+def test_a_reward_model_scores_the_same_whatever_its_batches(
+    runs: Runs, command_line: CommandLine, new_folder: Callable[[], Path]
+) -> None:
+    """Two pools of one model, one of which takes text by text."""
+    from tests.tiny_models import build_tiny_reward  # torch and transformers take seconds to import
+
+    folder = new_folder()
+    model = build_tiny_reward(folder / "model", pad_token_id=0)
+    shared = f"engine: torch, model: {model}, dtype: float32, device: cpu, num_threads: 1"
+    completed = score(
+        command_line, f"input.path={runs.plain}", f"output.root={folder / 'scored'}",
+        f"reward={{{shared}, name: one, max_num_seqs: 1}}", f"rewards=[{{{shared}, name: many, max_num_seqs: 64}}]",
+    ).expect(0)  # fmt: skip
+    rows = corpus(folder / "scored")
+    one, many = ([score for row in rows for score in row["rewards"][at]["response"]] for at in (0, 1))
+    assert [score is None for score in one] == [score is None for score in many]
+    assert [score for score in one if score is not None] == pytest.approx(
+        [score for score in many if score is not None], abs=1e-5
+    )
+    assert len(set(one)) > 10
+    assert "reward many: " in completed.stdout and "reward one: " in completed.stdout
+
+
+def test_the_preset_is_the_documented_combination() -> None:
+    text = (CONF / "reward" / "rules.yaml").read_text()
+    assert "NOT a measure of quality" in text
+    assert sum(WEIGHTS.values()) == pytest.approx(1.0)
