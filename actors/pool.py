@@ -78,7 +78,7 @@ class ModelStage:
         sharers: replicas that compute on CPUs; at worst they all share the cores of one node.
         notes: of units that may kill engines.
         max_attempts: times that a row may kill what it runs alone in.
-        build: makes the engine.
+        build: makes the engine; the one that `config` names where it is not given.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ModelStage:
         sharers: int,
         notes: Notes,
         max_attempts: int,
-        build: Callable[[Any, int, int, Remember], Engine] = build_engine,
+        build: Callable[[Any, int, int, Remember], Engine] | None = None,
     ) -> None:
         self._name, self._notes, self._max_attempts = name, notes, max_attempts
         self._turns = Turns()
@@ -106,7 +106,7 @@ class ModelStage:
         self._max_num_seqs = config.max_num_seqs
         self._mistake: ConfigError | None = None
         try:
-            self._started = self._engine = build(config, num_threads, max_attempts, self._remember)
+            self._started = self._engine = (build or build_engine)(config, num_threads, max_attempts, self._remember)
         except ConfigError as error:
             self._mistake = error  # told with the first unit: Ray prints what a constructor raises, again and again
 

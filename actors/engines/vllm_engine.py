@@ -9,7 +9,7 @@ import platform
 import re
 import sys
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 from vllm import SamplingParams
 from vllm import __version__ as vllm_version
@@ -140,7 +140,8 @@ class VllmEngine:
     async def _make(self, prompt: list[int], reserved: list[int], seed: int, outcome: Outcome) -> Completion:
         tokens: list[int] = []
         text = ""
-        finish_reason = stop_reason = end = None
+        finish_reason: Literal["stop", "length"] | None = None
+        stop_reason = end = None
         self._num_waiting += 1
         try:
             whole = tokens_input([*prompt, *reserved])

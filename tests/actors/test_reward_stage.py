@@ -9,6 +9,7 @@ import pytest
 from actors.contract import ALIGNED_LIST, PROBLEM, PROMPT, RESPONSES, REWARDS, RowError, pack, unpack
 from actors.engines.base import Completion, EngineStats, Messages, Request
 from actors.reward import RewardConfig, RewardStage
+from tests.actors.test_stages import Reports, shared
 
 PROBLEM_ROW = {"stage": "read", "cause": "null_prompt", "error_class": "InputError", "message": "m", "attempts": 1}
 
@@ -32,18 +33,12 @@ class Lengths:
     def close(self) -> None: ...
 
 
-class Reports:
-    def __init__(self, *arguments: Any) -> None: ...
-
-    def report(self) -> Any:
-        return asyncio.sleep(0)
-
-
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Lengths:
     lengths = Lengths()
-    monkeypatch.setattr("actors.reward.build_reward", lambda config, num_threads: lengths)
+    monkeypatch.setattr("actors.reward.build_reward", lambda config, *arguments: lengths)
     monkeypatch.setattr("actors.pool.Reporter", Reports)
+    monkeypatch.setattr("actors.pool.units_before", lambda board, pool: ())
     return lengths
 
 
@@ -72,13 +67,16 @@ def unit_of(*rows: tuple[list[str | None], list[str | None]] | None) -> pa.Table
     )
 
 
+def reward(**keys: Any) -> RewardStage:
+    arguments = {name: value for name, value in shared().items() if name != "run_seed"}
+    return RewardStage(RewardConfig(engine="torch", model="m", **keys), name="reward", **arguments)
+
+
 def run(packed: pa.Table, *names: str) -> list[dict[str, Any]]:
     async def through() -> pa.Table:
         unit = packed
         for name in names:
-            stage = RewardStage(
-                RewardConfig(engine="torch", model="m", name=name), name="reward", board=None, sharers=1
-            )
+            stage = reward(name=name)
             (unit,) = [made async for made in stage(unit)]
         return unit
 
@@ -121,8 +119,7 @@ def test_a_row_with_a_problem_is_not_scored(engine: Lengths) -> None:
 
 def test_the_column_has_the_type_of_the_corpus(engine: Lengths) -> None:
     async def through() -> pa.Table:
-        stage = RewardStage(RewardConfig(engine="torch", model="m"), name="reward", board=None, sharers=1)
-        (unit,) = [made async for made in stage(unit_of(None, ([None], [None])))]
+        (unit,) = [made async for made in reward()(unit_of(None, ([None], [None])))]
         return unit
 
     assert unpack(asyncio.run(through()))["rewards"].type == REWARDS
