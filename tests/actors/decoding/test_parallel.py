@@ -67,13 +67,14 @@ class Case:
     drafts: list[list[int]]
     num_reserved: int
     loop: dict[str, Any]
+    max_tokens: int = MAX_TOKENS
 
     def decode(self, *, drafts: Sequence[Sequence[int] | None] | None = None, **changes: Any) -> list[Row]:
         """Finished rows; `changes` to the loop's settings."""
         kwargs: dict[str, Any] = {"eos": [EOS], "kv_cache_tokens": 1 << 16}
         loop = DecodeLoop(Forward(self.model), str, **(kwargs | self.loop | changes))
         rows = [
-            Row(prompt, MAX_TOKENS, seed=0, draft=draft, num_reserved=self.num_reserved)
+            Row(prompt, self.max_tokens, seed=0, draft=draft, num_reserved=self.num_reserved)
             for prompt, draft in zip(self.prompts, self.drafts if drafts is None else drafts, strict=True)
         ]
         for row in rows:
@@ -96,7 +97,7 @@ def cases(draw: Callable[[Any], Any]) -> Case:
     prompts = draw(st.lists(TOKENS.filter(len).map(tuple), min_size=1, max_size=5))
     prompts += draw(st.lists(st.sampled_from(prompts), max_size=2))  # candidates of one prompt
     loop = {
-        "block_size": draw(st.integers(2, 12)),
+        "block_size": draw(st.integers(1, 12)),
         "max_num_seqs": draw(st.integers(1, 6)),
         "kv_cache_tokens": draw(st.sampled_from([128, 256, 1 << 16])),
         "cost": COSTS[draw(st.sampled_from(sorted(COSTS)))],
@@ -109,7 +110,8 @@ def cases(draw: Callable[[Any], Any]) -> Case:
             at, gone = draw(st.integers(0, len(draft))), draw(st.integers(0, 4))
             draft[at : at + gone] = draw(TOKENS)[:4]
         drafts.append(draw(st.just(draft) | st.just(draft) | TOKENS))
-    return Case(model, prompts, drafts, draw(st.sampled_from([0, 0, 1, 5, 50])), loop)
+    max_tokens = draw(st.sampled_from([MAX_TOKENS, MAX_TOKENS, MAX_TOKENS, 7, 1]))
+    return Case(model, prompts, drafts, draw(st.sampled_from([0, 0, 1, 5, 50])), loop, max_tokens)
 
 
 # --- the fixed point ------------------------------------------------------------------------------------------------
@@ -141,7 +143,7 @@ def test_an_exact_draft_costs_a_forward_a_block(case: Case) -> None:
 def denoise(case: Case, row: int, num_iterations: int) -> tuple[list[int], str]:
     """The definition, without a cache: every token of the response is replaced by what follows those before it."""
     prompt, draft = case.prompts[row], case.drafts[row]
-    length = min(MAX_TOKENS, max(len(draft), case.loop["block_size"]))
+    length = min(case.max_tokens, max(len(draft), case.loop["block_size"]))
     num_reserved = min(case.num_reserved, len(draft), length - 1)
     guess = (draft + [EOS] * length)[:length]
     case.model.set_attn_implementation("eager")
