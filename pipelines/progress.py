@@ -180,7 +180,7 @@ def _lines(pools: list[str], num_rows: int, every_s: float) -> Show:
         span, shown_at = now - shown_at, now
         for name in pools:
             pool = totals.get(name)
-            if pool is None:
+            if pool is None or (not pool.num_rows and "running" not in pool.states):
                 print(f"{name}: starting", file=sys.stderr)
                 continue
             rows, tokens = before.get(name, (0, 0))

@@ -38,6 +38,17 @@ def test_a_line_a_pool_and_one_for_what_is_committed(
     ]
 
 
+def test_a_pool_whose_engines_are_not_up_yet_is_starting(capsys: pytest.CaptureFixture[str]) -> None:
+    show = _lines(["policy"], 100, every_s=0)
+    show({"policy": PoolTotals(0, 0, 0, 0, 0, (), ("starting", "starting"), 3.0)}, Tally())
+    show({"policy": PoolTotals(0, 0, 0, 0, 0, (), ("starting", "running"), 3.0)}, Tally())
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("policy")]
+    assert told == [
+        "policy: starting",
+        "policy: 0/100 rows, 0.0 rows/s, 0 tokens/s, 0 in flight, 0 failed, ETA unknown",
+    ]
+
+
 def report(**counts: Any) -> dict[str, Any]:
     """A row of the committer's."""
     none = {"rows": 4, "quarantined": 0, "candidates": 4, "changed": 3, "iterations": [], "tokens": 0, "accepted": 0}
