@@ -17,7 +17,7 @@ def mean_rewards(output: Storage, parts: list[dict[str, Any]]) -> dict[str, dict
     and of `aligned`. A reward without such a candidate is not there."""
     sums: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     for part in parts:
-        with output.fs.open(output.path(part["path"]), "rb") as file:
+        with output.fs.open(output.path(part["path"])) as file:
             for batch in pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=["rewards"]):
                 _add(sums, batch["rewards"].flatten())
     return {
