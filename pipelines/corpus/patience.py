@@ -101,7 +101,7 @@ class PatientFileSystem:
 
     def _outage(self, doing: str, error: Exception) -> str:
         """What is out, in a line. Raises ConfigError for a mistake, and the error itself where it is neither."""
-        if isinstance(error, TOLD) or (isinstance(error, ANSWERS) and _answered(error)[0] != "NoSuchBucket"):
+        if isinstance(error, TOLD) or (isinstance(error, ANSWERS) and not has_no_bucket(error)):
             raise error
         reason = f"{doing}: {_line(error)}"
         if _is_mistake(error, self.is_local):
@@ -136,10 +136,13 @@ class PatientFileSystem:
         entries: list[dict[str, Any]] = self.persist(f"listing {path}", lambda: self.raw.ls(path, detail=True))
         return entries
 
-    def find(self, path: str) -> dict[str, dict[str, Any]]:
-        """Every object below a folder."""
+    def find(self, path: str, prefix: str = "") -> dict[str, dict[str, Any]]:
+        """Every object below a folder; on an object store only those whose path below it begins with `prefix`."""
         unlistable = {"on_error": "raise"} if self.is_local else {}  # which else is passed over, with all that is in it
-        found: dict[str, Any] = self.persist(f"listing {path}", lambda: self.raw.find(path, detail=True, **unlistable))
+        narrowed = {"prefix": prefix} if prefix else {}
+        found: dict[str, Any] = self.persist(
+            f"listing {path}", lambda: self.raw.find(path, detail=True, **unlistable, **narrowed)
+        )
         return found
 
     def glob(self, pattern: str) -> dict[str, dict[str, Any]]:
@@ -216,6 +219,11 @@ def _answered(error: BaseException) -> tuple[str, int]:
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             return str(response.get("Error", {}).get("Code", "")), int(status)
     return "", 0
+
+
+def has_no_bucket(error: BaseException) -> bool:
+    """Whether what was not found is the bucket itself."""
+    return _answered(error)[0] == "NoSuchBucket"
 
 
 def _is_mistake(error: BaseException, is_local: bool) -> bool:
