@@ -283,5 +283,5 @@ def as_seen(pool: PoolConfig, prompt: Messages | str) -> str:
         return prompt if isinstance(prompt, str) else "\n".join(f"{role}: {content}" for role, content in prompt)
     from actors.engines.prompts import encode_prompt, render_prompt
 
-    tokenizer = estimate.tokenizer(pool.model, pool.revision)
+    tokenizer = estimate.tokenizer(pool)
     return render_prompt(tokenizer, encode_prompt(tokenizer, prompt))

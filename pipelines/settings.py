@@ -5,11 +5,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from actors.aligner import AlignerConfig
 from actors.candidates import model_label
-from actors.contract import ConfigError, option, section
+from actors.contract import ConfigError, option, refuse_secrets, section
+from actors.engines.by_url import is_url
 from actors.engines.hosted import MAX_ATTEMPTS
 from actors.engines.identity import identity, pinned
 from actors.policy import PolicyConfig
@@ -24,7 +25,8 @@ from pipelines.corpus.shards import Input, InputConfig
 from pipelines.corpus.storage import RETRY_S
 
 VERSION = "0.1.0"
-SECRET_WORDS = ("secret", "password", "token", "key", "credential")
+
+Pool = TypeVar("Pool", bound=PoolConfig)
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,7 @@ class SiteConfig:
     def __post_init__(self) -> None:
         if self.storage_retry_s < 0:
             raise ConfigError(f"storage_retry_s must be 0 or more, got {self.storage_retry_s}")
-        for name in self.storage_options:
-            if any(word in name.lower() for word in SECRET_WORDS):
-                raise ConfigError(
-                    f"site.storage_options.{name}: secrets do not go into a config, which is kept with the output; "
-                    "put them where the file system looks for them, such as AWS_SECRET_ACCESS_KEY"
-                )
+        refuse_secrets("storage_options", self.storage_options)
 
 
 @dataclass(frozen=True)
@@ -110,12 +107,19 @@ class AlignCorpusConfig:
 
 
 def pin_models(config: AlignCorpusConfig) -> AlignCorpusConfig:
-    """The config with every model pinned to a folder or a commit. Raises ConfigError where there is none."""
+    """The config with every model pinned to a folder, a commit or the versions of its files. Raises ConfigError where
+    there is none, and TransientError where its store is out."""
+
+    def pin(pool: Pool, section: str) -> Pool:
+        if is_url(pool.model) and not pool.model_storage_options:
+            pool = replace(pool, model_storage_options=config.site.storage_options)
+        return pinned(pool, section)
+
     return replace(
         config,
-        policy=pinned(config.policy, "policy"),
-        policies=[pinned(policy, f"policies.{number}") for number, policy in enumerate(config.policies)],
-        aligner=pinned(config.aligner, "aligner"),
+        policy=pin(config.policy, "policy"),
+        policies=[pin(policy, f"policies.{number}") for number, policy in enumerate(config.policies)],
+        aligner=pin(config.aligner, "aligner"),
     )
 
 
