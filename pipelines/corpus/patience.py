@@ -101,7 +101,7 @@ class PatientFileSystem:
 
     def _outage(self, doing: str, error: Exception) -> str:
         """What is out, in a line. Raises ConfigError for a mistake, and the error itself where it is neither."""
-        if isinstance(error, TOLD) or (isinstance(error, ANSWERS) and not has_no_bucket(error)):
+        if isinstance(error, TOLD) or (isinstance(error, ANSWERS) and answered(error)[0] != "NoSuchBucket"):
             raise error
         reason = f"{doing}: {_line(error)}"
         if _is_mistake(error, self.is_local):
@@ -211,7 +211,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _answered(error: BaseException) -> tuple[str, int]:
+def answered(error: BaseException) -> tuple[str, int]:
     """(code, HTTP status) with which an S3 store answered; ("", 0) where it did not, or the error is of another."""
     for each in _chain(error):
         response = getattr(each, "response", None)  # botocore's ClientError, which local runs need not import
@@ -221,15 +221,10 @@ def _answered(error: BaseException) -> tuple[str, int]:
     return "", 0
 
 
-def has_no_bucket(error: BaseException) -> bool:
-    """Whether what was not found is the bucket itself."""
-    return _answered(error)[0] == "NoSuchBucket"
-
-
 def _is_mistake(error: BaseException, is_local: bool) -> bool:
     if is_local:
         return isinstance(error, OSError) and error.errno in LOCAL_MISTAKES
-    code, status = _answered(error)
+    code, status = answered(error)
     if status:
         return 300 <= status < 500 and status not in (408, 409, 425, 429) and code not in PASSING
     return isinstance(error, PermissionError) or any(type(each).__name__ in CREDENTIALS for each in _chain(error))

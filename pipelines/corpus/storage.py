@@ -18,7 +18,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from actors.contract import ConfigError, TransientError
-from pipelines.corpus.patience import PatientFileSystem, has_no_bucket
+from pipelines.corpus.patience import PatientFileSystem, answered
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -231,7 +231,7 @@ class Storage:
 
         def put() -> bool:
             try:
-                self.fs.raw.put_file(str(scratch), target, mode="create", chunksize=SENT_AT_ONCE, max_concurrency=4)
+                self.fs.raw.put_file(str(scratch), target, mode="create", **self._in_parts())
                 return True
             except Exception as error:
                 self.fs.invalidate_cache()
@@ -240,11 +240,17 @@ class Storage:
                     held = self.within(0)._holds(target, scratch)
                 if held is not None:
                     return held
-                if isinstance(error, FileNotFoundError) and not has_no_bucket(error):
-                    raise OSError("the multipart upload is gone, as after a store's restart") from None
+                if answered(error)[0] == "NoSuchUpload":  # which is made anew, unlike what else is not found
+                    raise OSError("the store has forgotten the upload") from None
+                if isinstance(error, FileNotFoundError):
+                    raise ConfigError(f"{self.url} cannot be written: there is no such bucket") from error
                 raise  # neither ours nor another's: the put itself failed
 
         return self.fs.persist(f"writing {path}", put)
+
+    def _in_parts(self) -> dict[str, int]:
+        """How large objects go up to an S3 store; others have their own ways, and other names for them."""
+        return {"chunksize": SENT_AT_ONCE, "max_concurrency": 4} if "s3" in self.fs.raw.protocol else {}
 
     def _holds(self, target: str, scratch: Path) -> bool | None:
         """Whether the object there has the scratch file's bytes; None where there is no object.

@@ -345,3 +345,23 @@ def test_nothing_is_renamed_or_copied_on_an_object_store(s3_output: Storage, mon
     commit_units(s3_output, shard, quarantined=[1])
     publish(s3_output, OutputConfig(root="out"))
     check_exactly_once(s3_output, rows_of(shard))
+
+
+class _NoSuchUpload(Exception):
+    """As botocore raises it; s3fs makes a FileNotFoundError of it."""
+
+    response = {"Error": {"Code": "NoSuchUpload"}, "ResponseMetadata": {"HTTPStatusCode": 404}}  # noqa: RUF012
+
+
+def test_an_upload_that_the_store_forgot_is_made_again(s3_output: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_file, forgotten = s3_output.fs.raw.put_file, [1, 2]
+
+    def forgetful(*args: Any, **kwargs: Any) -> None:
+        if forgotten:
+            forgotten.pop()
+            raise FileNotFoundError("The specified multipart upload does not exist") from _NoSuchUpload()
+        put_file(*args, **kwargs)
+
+    monkeypatch.setattr(s3_output.fs.raw, "put_file", forgetful)
+    assert s3_output.create("corpus/part", b"x")
+    assert not forgotten
