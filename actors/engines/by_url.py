@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,7 +79,7 @@ def _copied(config: Config, suffix: str, copy: Callable[[Any, str, Path, int], N
         part.mkdir()
         fs, root = _opened(config)
         for name, (size, _) in found.items():
-            _told(config, lambda name=name, size=size: copy(fs, f"{root}/{name}", part / name, size))  # type: ignore[misc]
+            _told(config, partial(copy, fs, f"{root}/{name}", part / name, size))
         os.rename(part, folder)  # on a local disk: whoever sees the folder sees all of it
     return local
 
