@@ -5,6 +5,7 @@ from typing import Any
 
 from actors.contract import RowError
 from actors.engines.base import Completion, EngineConfig, Messages
+from actors.engines.by_url import is_url
 
 DEPENDENT = "response_failed"
 """Cause of an aligned candidate whose response had failed before."""
@@ -78,7 +79,9 @@ def split_reasoning(text: str, end: str | None) -> tuple[str | None, str]:
 
 
 def model_label(config: EngineConfig) -> str:
-    """How responses name their model: a folder's name, a hub id or the provenance label, as configured."""
+    """How responses name their model: the name of its folder, a hub id or the provenance label, as configured."""
+    if is_url(config.model):
+        return config.model.rstrip("/").rpartition("/")[2]
     return Path(config.model).name if Path(config.model).is_absolute() else config.model
 
 

@@ -162,6 +162,34 @@ class TransientError(Exception):
     """An outage of a store or endpoint: never quarantined. The job ends with 5 and can be resumed."""
 
 
+# --- secrets --------------------------------------------------------------------------------------------------------
+
+_SECRET = re.compile(r"(^|_)(secret|password|passwd|token|key|credentials?|sas|connection_string)(_|$)", re.IGNORECASE)
+_USER_IN_URL = re.compile(
+    r"://[^/@\s:]+:[^/@\s]+@|[?&](sig|signature|x-amz-signature|x-goog-signature|token)=", re.IGNORECASE
+)
+
+
+def refuse_secrets(name: str, value: Any) -> None:
+    """Raise ConfigError where a config's value holds, at any depth, what is named or written like a secret.
+
+    A config is kept with the output and goes through Ray's own records: what must not be read there has no place in it.
+    """
+    where = "put them where the file system looks for them, such as AWS_SECRET_ACCESS_KEY or a role of the node"
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if _SECRET.search(str(key)) and item not in (None, False, True):
+                raise ConfigError(
+                    f"{name}.{key}: secrets do not go into a config, which is kept with the output; {where}"
+                )
+            refuse_secrets(f"{name}.{key}", item)
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            refuse_secrets(f"{name}.{number}", item)
+    elif isinstance(value, str) and _USER_IN_URL.search(value):
+        raise ConfigError(f"{name}: a URL here must hold no user, password or signature; {where}")
+
+
 # --- config fields --------------------------------------------------------------------------------------------------
 
 

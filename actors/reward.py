@@ -36,7 +36,8 @@ class RewardConfig(ScoringConfig, PoolConfig):
         changes_rows=True,
     )
     model: str = option(
-        MISSING, "folder or hub id of the reward model; its name at the endpoint for `openai`; a label for `rules`"
+        MISSING,
+        "folder, hub id or URL of the reward model; its name at the endpoint for `openai`; a label for `rules`",
     )
     name: str | None = option(None, "name of the reward in the corpus; null: the model's", changes_rows=True)
     rules: dict[str, float] = option(

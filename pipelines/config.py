@@ -21,7 +21,7 @@ from pipelines.reference import SCALARS, Entry, describe, fill, help_text, hints
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 FLAGS = {
-    "--config FILE": "read keys from a YAML file; it needs only those it changes",
+    "--config FILE": "read keys from a YAML file, local or by URL; it needs only those it changes",
     "--dry-run": "check the config, say what would be done and what it may take, then stop",
     "--limit N": "make at most N of the rows that are not done, rounded up to whole units",
     "--help": "print this text",
@@ -185,13 +185,26 @@ def presets(group: str) -> list[str]:
 
 def _read(path: str) -> dict[Any, Any]:
     try:
-        text = Path(path).read_text("utf-8")
-    except (OSError, ValueError) as error:
+        text = _read_url(path) if "://" in path else Path(path).read_text("utf-8")
+    except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"cannot read {_show(path)}: {getattr(error, 'strerror', None) or error}") from None
     content = _yaml(text, path)
     if not isinstance(content, dict | None):
         raise ConfigError(f"{path}: expects keys with values, got {_show(content)}")
     return content or {}
+
+
+def _read_url(url: str) -> str:
+    """The text of an object. Where its store is and who may read it comes from the environment alone."""
+    import fsspec  # its file systems are slow to import, and seldom needed here
+
+    try:
+        with fsspec.open(url, "rb") as file:
+            return bytes(file.read()).decode("utf-8")
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # what clients of stores raise has no common type
+        raise OSError(_first_line(error)) from error
 
 
 def _yaml(text: str, source: str) -> Any:

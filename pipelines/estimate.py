@@ -14,6 +14,7 @@ from typing import Any
 from actors.candidates import as_messages, split_reasoning
 from actors.contract import RowError
 from actors.engines.base import Messages
+from actors.engines.by_url import described
 from actors.engines.footprint import footprint
 from actors.policy import policy_prompt
 from actors.pool import PoolConfig
@@ -166,12 +167,17 @@ def asks(config: AlignCorpusConfig, name: str, row: Row) -> list[Ask]:
 def _length(pool: PoolConfig, ask: Ask) -> int:
     from actors.engines.prompts import encode_prompt
 
-    return len(encode_prompt(tokenizer(pool.model, pool.revision), ask.prompt))
+    return len(encode_prompt(tokenizer(pool), ask.prompt))
+
+
+def tokenizer(pool: PoolConfig) -> Any:
+    """The tokenizer of a pool's model, loaded once."""
+    here = described(pool)
+    return _loaded(here.model, here.revision)
 
 
 @functools.cache
-def tokenizer(model: str, revision: str | None) -> Any:
-    """The tokenizer of a model, loaded once."""
+def _loaded(model: str, revision: str | None) -> Any:
     from actors.engines.prompts import load_tokenizer  # transformers takes a second to import
 
     return load_tokenizer(model, revision)

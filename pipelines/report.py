@@ -319,7 +319,7 @@ def _seen_by_reward(reward: RewardConfig, prompt: Messages, answer: str) -> str:
         return judge.question(reward, prompt, answer, "(another text of the row)")
     from actors.engines.prompts import encode_prompt, render_prompt
 
-    tokenizer = estimate.tokenizer(reward.model, reward.revision)
+    tokenizer = estimate.tokenizer(reward)
     return render_prompt(tokenizer, encode_prompt(tokenizer, (*prompt, ("assistant", answer)), to_answer=False))
 
 
@@ -342,5 +342,5 @@ def as_seen(pool: PoolConfig, prompt: Messages | str) -> str:
         return prompt if isinstance(prompt, str) else "\n".join(f"{role}: {content}" for role, content in prompt)
     from actors.engines.prompts import encode_prompt, render_prompt
 
-    tokenizer = estimate.tokenizer(pool.model, pool.revision)
+    tokenizer = estimate.tokenizer(pool)
     return render_prompt(tokenizer, encode_prompt(tokenizer, prompt))

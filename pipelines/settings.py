@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from actors.aligner import AlignerConfig
 from actors.candidates import model_label
-from actors.contract import ConfigError, option, section
+from actors.contract import ConfigError, option, refuse_secrets, section
+from actors.engines.by_url import is_url
 from actors.engines.hosted import MAX_ATTEMPTS
 from actors.engines.identity import identity, pinned
 from actors.policy import PolicyConfig
@@ -28,7 +29,8 @@ from pipelines.corpus.shards import Input, InputConfig
 from pipelines.corpus.storage import RETRY_S
 
 VERSION = "0.1.0"
-SECRET_WORDS = ("secret", "password", "token", "key", "credential")
+
+Pool = TypeVar("Pool", bound=PoolConfig)
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,7 @@ class SiteConfig:
     def __post_init__(self) -> None:
         if self.storage_retry_s < 0:
             raise ConfigError(f"storage_retry_s must be 0 or more, got {self.storage_retry_s}")
-        for name in self.storage_options:
-            if any(word in name.lower() for word in SECRET_WORDS):
-                raise ConfigError(
-                    f"site.storage_options.{name}: secrets do not go into a config, which is kept with the output; "
-                    "put them where the file system looks for them, such as AWS_SECRET_ACCESS_KEY"
-                )
+        refuse_secrets("storage_options", self.storage_options)
 
 
 @dataclass(frozen=True)
@@ -146,28 +143,37 @@ def _check_rewards(config: JobConfig) -> None:
 
 
 def pin_models(config: Job) -> Job:
-    """The config with every model pinned to a folder or a commit. Raises ConfigError where there is none."""
+    """The config with every model pinned to a folder, a commit or the versions of its files. Raises ConfigError where
+    there is none, and TransientError where its store is out."""
+
+    def pin(pool: Pool, section: str) -> Pool:
+        if is_url(pool.model) and not pool.model_storage_options:
+            pool = replace(pool, model_storage_options=config.site.storage_options)
+        return pinned(pool, section)
+
     if config.reward is not None:
-        config = replace(config, reward=_pinned_reward(config.reward, "reward"))
-    further = [_pinned_reward(reward, f"rewards.{number}") for number, reward in enumerate(config.rewards)]
-    config = replace(config, rewards=further)
+        check_rules(config.reward, "reward")
+        config = replace(config, reward=pin(config.reward, "reward"))
+    for number, reward in enumerate(config.rewards):
+        check_rules(reward, f"rewards.{number}")
+    config = replace(config, rewards=[pin(each, f"rewards.{number}") for number, each in enumerate(config.rewards)])
     if isinstance(config, ScoreCorpusConfig):
         return config
     return replace(
         config,
-        policy=pinned(config.policy, "policy"),
-        policies=[pinned(policy, f"policies.{number}") for number, policy in enumerate(config.policies)],
-        aligner=pinned(config.aligner, "aligner"),
+        policy=pin(config.policy, "policy"),
+        policies=[pin(policy, f"policies.{number}") for number, policy in enumerate(config.policies)],
+        aligner=pin(config.aligner, "aligner"),
     )
 
 
-def _pinned_reward(config: RewardConfig, section: str) -> RewardConfig:
+def check_rules(config: RewardConfig, section: str) -> None:
+    """Raises ConfigError for a rule that does not exist or cannot be imported."""
     for name in config.rules:
         try:
             rule_of(name)
         except ConfigError as error:
             raise ConfigError(f"{section}.{error}") from error
-    return pinned(config, section)
 
 
 def pools(config: JobConfig) -> dict[str, PoolConfig]:

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
+from ray._private import ray_constants
 from ray.data._internal.execution import backpressure_policy as backpressure
 from ray.data.context import AutoscalingConfig
 
@@ -218,6 +219,9 @@ def _join_or_start(config: JobConfig) -> None:
             ) from error
         return
     needed = sum(need.count * need.cpus for need in needs(config))
+    # Nobody else is to reach it: Ray would listen on every address of the machine, `_node_ip_address` notwithstanding.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False  # the same, which was read when Ray was imported
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, math.ceil(needed)),  # logical: pools share the cores that there are

@@ -4,6 +4,7 @@ import os
 
 from actors.contract import ConfigError
 from actors.engines.base import Engine, EngineConfig
+from actors.engines.by_url import on_this_node
 from actors.engines.hosted import MAX_ATTEMPTS, HostedEngine, Remember, forget
 from actors.engines.ranks import Followers
 from actors.engines.stored import StoredEngine
@@ -27,7 +28,7 @@ def build_engine(
         from actors.engines.openai_engine import OpenAIEngine
 
         return OpenAIEngine(config)
-    return HostedEngine(_build_here, config, num_threads, max_attempts, remember)
+    return HostedEngine(_build_here, on_this_node(config), num_threads, max_attempts, remember)
 
 
 def _build_here(config: EngineConfig, num_threads: int) -> Engine:

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from omegaconf import MISSING
 
-from actors.contract import ConfigError, option
+from actors.contract import ConfigError, option, refuse_secrets
 
 Messages = tuple[tuple[str, str], ...]
 """A chat as (role, content) pairs."""
@@ -38,7 +38,11 @@ class EngineConfig:
         "torch", "how tokens are made", changes_rows=True
     )
     model: str = option(
-        MISSING, "folder or hub id of the model; its name at the endpoint for `openai`; a provenance label for `stored`"
+        MISSING,
+        "folder, hub id or URL of the model; its name at the endpoint for `openai`; a provenance label for `stored`",
+    )
+    model_storage_options: dict[str, Any] = option(
+        {}, "fsspec options of a model that is named by URL; empty: site.storage_options; no secrets"
     )
     revision: str | None = option(None, "branch, tag or commit of a hub id; resolved to a commit when the run starts")
     max_tokens: int = option(512, "most tokens to make per candidate", changes_rows=True)
@@ -101,6 +105,11 @@ class EngineConfig:
             unset = {"engine_kwargs": {}, "tensor_parallel_size": 1}.get(name)
             if getattr(self, name) != unset and self.engine not in engines:
                 raise ConfigError(f"{name} has no effect with engine={self.engine}: it is for {' and '.join(engines)}")
+        refuse_secrets("model", self.model)
+        refuse_secrets("model_storage_options", self.model_storage_options)
+        refuse_secrets(
+            "engine_kwargs", {key: self.engine_kwargs[key] for key in self.engine_kwargs if key == "hf_token"}
+        )
         if self.base_url is not None:
             url = urlsplit(self.base_url)
             if url.username or url.password or url.query:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.engines.base import EngineConfig
+from actors.engines.by_url import described
 from actors.engines.identity import safetensors_header
 
 _CONVERTED = ("F64", "F32", "F16", "BF16")
@@ -90,6 +91,7 @@ Headers = tuple[Path, dict[str, dict[str, Any]]]
 def _headers(config: EngineConfig) -> Headers | None:
     if config.engine in ("stored", "openai", "rules"):
         return None
+    config = described(config)
     if Path(config.model).is_absolute():
         tensors = _tensors(Path(config.model))
         return (Path(config.model), tensors) if tensors else None

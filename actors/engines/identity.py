@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from actors.contract import ConfigError
 from actors.engines.base import OPENAI, EngineConfig
+from actors.engines.by_url import is_url, pinned_url
 
 Config = TypeVar("Config", bound=EngineConfig)
 
@@ -15,12 +16,15 @@ _DESCRIBING = ("config.json", "generation_config.json", "chat_template.jinja", "
 
 
 def pinned(config: Config, section: str) -> Config:
-    """The config with its model pinned: a folder by its absolute path, a hub id by the commit of its revision.
+    """The config with its model pinned: a folder by its absolute path, a hub id by the commit of its revision, a URL by
+    the versions of the files below it.
 
     Raises ConfigError, naming `section`, where there is no such model.
     """
     if config.engine in ("stored", "openai", "rules"):
         return config
+    if is_url(config.model):
+        return pinned_url(config, section)
     folder = Path(config.model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -29,12 +33,14 @@ def pinned(config: Config, section: str) -> Config:
             raise ConfigError(f"{section}.model: {folder} holds no *.safetensors; other weight formats are not loaded")
         return replace(config, model=str(folder.resolve()))
     if config.model.startswith(("/", ".", "~")) or config.model.count("/") != 1:
-        raise ConfigError(f"{section}.model: there is no folder {config.model}, and it is not a hub id (owner/name)")
+        raise ConfigError(
+            f"{section}.model: there is no folder {config.model}, and it is not a hub id (owner/name), nor a URL"
+        )
     return replace(config, revision=_commit(config.model, config.revision, section))
 
 
 def identity(config: EngineConfig) -> str:
-    """16 hex digits over config, tokenizer and safetensors headers with sizes and mtimes; a commit; or `stored`.
+    """16 hex digits over config, tokenizer and safetensors headers with sizes and mtimes; a revision; or `stored`.
 
     Of an endpoint it is the host's name, all that can be known: two hosts may serve different models by one name, while
     the ports and paths of one host are taken for replicas.

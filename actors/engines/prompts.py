@@ -1,5 +1,6 @@
 """How a prompt becomes the token ids that a model reads: chat template once, one BOS, and no tokens by injection."""
 
+import functools
 import re
 from collections.abc import Iterable
 from itertools import takewhile
@@ -31,24 +32,21 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Messages | str, *,
     """Token ids of a prompt.
 
     A chat goes through the tokenizer's chat template once, up to where the answer begins, or, without `to_answer`, to
-    the end of the answer that is its last message; special tokens are those that the template writes. Raw text gets the
-    tokenizer's own special tokens. What a message says is text: strings in it
-    that look like special tokens are read as plain characters. Where the template refuses a system message (Gemma 2's
-    does), it becomes the beginning of the first user message, with an empty line after it.
+    the end of the answer that is its last message; control tokens are those that the template writes. Raw text gets the
+    tokenizer's own, such as a BOS. What a message or a raw text says is text: strings in it that look like control
+    tokens are read as plain characters. Where the template refuses a system message (Gemma 2's does), it becomes the
+    beginning of the first user message, with an empty line after it.
 
     Raises:
         RowError: `invalid_roles` when the template refuses the chat; `special_token_text` when a message with
-            special-token strings cannot be kept apart from the template.
+            strings of control tokens cannot be kept apart from the template.
         ConfigError: a chat, but the tokenizer has no chat template.
     """
     if isinstance(prompt, str):
-        ids = _ids(tokenizer, prompt, add_special_tokens=True)
-        if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text brought its own
-            del ids[0]
-        return ids
+        return _ids(tokenizer, prompt, add_special_tokens=True, plain=True)
     prompt, rendered = _render_any(tokenizer, prompt, to_answer)
-    special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    if any(special_ids.intersection(_ids(tokenizer, content)) for _, content in prompt):
+    control_ids = set(_controls(tokenizer, str(tokenizer.chat_template)).values())
+    if any(control_ids.intersection(_ids(tokenizer, content)) for _, content in prompt):
         return _encode_guarded(tokenizer, prompt, rendered, to_answer)
     return _ids(tokenizer, rendered)
 
@@ -138,9 +136,9 @@ def _render(tokenizer: PreTrainedTokenizerBase, chat: Messages, *, to_answer: bo
 
 
 def _encode_guarded(tokenizer: PreTrainedTokenizerBase, prompt: Messages, rendered: str, to_answer: bool) -> list[int]:
-    """As `encode_prompt` for a chat in whose contents special-token strings occur.
+    """As `encode_prompt` for a chat in whose contents strings of control tokens occur.
 
-    Renders the template around placeholders, so that it is known which characters are its own; special tokens are
+    Renders the template around placeholders, so that it is known which characters are its own; control tokens are
     honoured in those alone. Everything between two of them is tokenized in one piece, as the tokenizer itself would.
     """
     name = "placeholder"
@@ -158,21 +156,33 @@ def _encode_guarded(tokenizer: PreTrainedTokenizerBase, prompt: Messages, render
     faithful = "".join(text for text, _ in parts) == rendered  # no template that takes contents apart
     if not faithful or _encode_parts(tokenizer, [(held, False)]) != _ids(tokenizer, held):
         raise RowError("special_token_text", "a message holds special-token text that cannot be told from the template")
-    return _encode_parts(tokenizer, parts)
+    ids = _encode_parts(tokenizer, parts)
+    written = set(_controls(tokenizer, str(tokenizer.chat_template)).values())
+    if sum(i in written for i in ids) != sum(i in written for i in _ids(tokenizer, held)):
+        raise RowError("special_token_text", "a message holds special-token text that this tokenizer cannot take apart")
+    return ids
 
 
 def _encode_parts(tokenizer: PreTrainedTokenizerBase, parts: list[tuple[str, bool]]) -> list[int]:
-    specials = _specials(tokenizer)
-    pattern = _any_of(specials)
+    """Token ids of texts one after the other; control tokens are honoured where a text is not a message's."""
+    controls, specials = _controls(tokenizer, str(tokenizer.chat_template)), _specials(tokenizer)
+    pattern, in_content = _any_of(controls), _any_of(controls.keys() - specials.keys())
     ids: list[int] = []
-    plain = ""
+    pieces = [""]
     for text, is_content in parts:
         end = 0
-        for match in () if is_content else pattern.finditer(text):
-            ids += [*_ids(tokenizer, plain + text[end : match.start()], plain=True), specials[match.group()]]
-            plain, end = "", match.end()
-        plain += text[end:]
-    return ids + _ids(tokenizer, plain, plain=True)
+        for match in (in_content if is_content else pattern).finditer(text):
+            if is_content:  # the tokenizer would read it as it is: cut in two behind its first character
+                pieces[-1] += text[end : match.start() + 1]
+                pieces.append("")
+                end = match.start() + 1
+                continue
+            pieces[-1] += text[end : match.start()]
+            ids += [i for piece in pieces for i in _ids(tokenizer, piece, plain=True)]
+            ids.append(controls[match.group()])
+            pieces, end = [""], match.end()
+        pieces[-1] += text[end:]
+    return ids + [i for piece in pieces for i in _ids(tokenizer, piece, plain=True)]
 
 
 def _specials(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -180,5 +190,23 @@ def _specials(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
+@functools.lru_cache(4)
+def _controls(tokenizer: PreTrainedTokenizerBase, template: str) -> dict[str, int]:
+    """The tokens that steer a chat, by their text: special ones, and others that `template`, the tokenizer's, writes.
+
+    Fine-tunes that have added `<|im_start|>` and its like do not always call them special.
+    """
+    controls = _specials(tokenizer)
+    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+    for chat in ((("user", "a"),), (("system", "a"), ("user", "b"), ("assistant", "c"), ("user", "d"))):
+        try:
+            found = set(_ids(tokenizer, _render(tokenizer, chat)))
+        except RowError:  # no system message here
+            continue
+        controls |= {added[i]: i for i in found & added.keys() if added[i].strip()}
+    return controls
+
+
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)))
+    """Matches the longest of the texts; nothing where there is none."""
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")

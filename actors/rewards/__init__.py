@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from actors.contract import ConfigError
 from actors.engines.base import Engine, EngineConfig, ScoringConfig
+from actors.engines.by_url import on_this_node
 from actors.engines.hosted import MAX_ATTEMPTS, HostedEngine, Remember, forget
 from actors.engines.ranks import Followers
 
@@ -28,7 +29,7 @@ def build_reward(
 
         return RuleEngine(config)
     if config.engine in ("torch", "vllm"):
-        return HostedEngine(_build_here, config, num_threads, max_attempts, remember)
+        return HostedEngine(_build_here, on_this_node(config), num_threads, max_attempts, remember)
     from actors.engines.openai_engine import OpenAIEngine
 
     return OpenAIEngine(config)

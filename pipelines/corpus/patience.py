@@ -102,7 +102,7 @@ class PatientFileSystem:
 
     def _outage(self, doing: str, error: Exception) -> str:
         """What is out, in a line. Raises ConfigError for a mistake, and the error itself where it is neither."""
-        if isinstance(error, TOLD) or (isinstance(error, ANSWERS) and _answered(error)[0] != "NoSuchBucket"):
+        if isinstance(error, TOLD) or (isinstance(error, ANSWERS) and answered(error)[0] != "NoSuchBucket"):
             raise error
         reason = f"{doing}: {_line(error)}"
         if _is_mistake(error, self.is_local):
@@ -137,10 +137,11 @@ class PatientFileSystem:
         entries: list[dict[str, Any]] = self.persist(f"listing {path}", lambda: self.raw.ls(path, detail=True))
         return entries
 
-    def find(self, path: str) -> dict[str, dict[str, Any]]:
-        """Every object below a folder."""
+    def find(self, path: str, prefix: str = "") -> dict[str, dict[str, Any]]:
+        """Every object below a folder; on an object store only those whose path below it begins with `prefix`."""
         self._walk_strictly()
-        found: dict[str, Any] = self.persist(f"listing {path}", lambda: self.raw.find(path, detail=True))
+        narrowed = {"prefix": prefix} if prefix else {}
+        found: dict[str, Any] = self.persist(f"listing {path}", lambda: self.raw.find(path, detail=True, **narrowed))
         return found
 
     def glob(self, pattern: str) -> dict[str, dict[str, Any]]:
@@ -216,7 +217,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _answered(error: BaseException) -> tuple[str, int]:
+def answered(error: BaseException) -> tuple[str, int]:
     """(code, HTTP status) with which an S3 store answered; ("", 0) where it did not, or the error is of another."""
     for each in _chain(error):
         response = getattr(each, "response", None)  # botocore's ClientError, which local runs need not import
@@ -229,7 +230,7 @@ def _answered(error: BaseException) -> tuple[str, int]:
 def _is_mistake(error: BaseException, is_local: bool) -> bool:
     if is_local:
         return isinstance(error, OSError) and error.errno in LOCAL_MISTAKES
-    code, status = _answered(error)
+    code, status = answered(error)
     if status:
         return 300 <= status < 500 and status not in (408, 409, 425, 429) and code not in PASSING
     return isinstance(error, PermissionError) or any(type(each).__name__ in CREDENTIALS for each in _chain(error))

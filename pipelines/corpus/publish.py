@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from actors.contract import PROBLEM, ConfigError, option
+from actors.contract import PROBLEM, ConfigError, option, refuse_secrets
 from pipelines.corpus import schema, units
 from pipelines.corpus.card import write_card
 from pipelines.corpus.commit import unit_facts
@@ -54,6 +54,7 @@ class OutputConfig:
     title: str = option("Aligned corpus", "title of the dataset card")
 
     def __post_init__(self) -> None:
+        refuse_secrets("root", self.root)
         if self.part_mib < 0:
             raise ConfigError(f"part_mib must be 0 or more, got {self.part_mib}")
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.utils import glob_translate
 
-from actors.contract import ConfigError, option
+from actors.contract import ConfigError, option, refuse_secrets
 from pipelines.corpus import schema
 from pipelines.corpus.parquet import Damaged, read_footer
 from pipelines.corpus.patience import PatientFileSystem
@@ -59,6 +59,7 @@ class InputConfig:
     on_changed_shard: Literal["fail", "new"] = option("fail", "a known path with new content: stop, or align it as new")
 
     def __post_init__(self) -> None:
+        refuse_secrets("path", self.path)
         taken = sorted(set(self.keep_columns) & {*schema.UNIT.names, *schema.RESERVED})
         if taken:
             raise ConfigError(f"keep_columns may not name {', '.join(taken)}: that name has a meaning of its own here")

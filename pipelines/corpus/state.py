@@ -92,7 +92,7 @@ def _read_state(output: Storage) -> State:
 
     A file in `units/` whose name is no unit's is a person's own and is left alone; in a plan such a name is an error.
     """
-    sizes = {unit: size for name, size in output.sizes("units").items() if (unit := Unit.parse(name))}
+    sizes = {unit: size for name, size in output.sizes_by_hex("units").items() if (unit := Unit.parse(name))}
     partitions = _partitions(output)
     finished = [unit for each in partitions if each.manifest for unit in _manifest_units(each.manifest)]
     planned = [unit for partition in partitions if partition.manifest is None for unit in partition.units]

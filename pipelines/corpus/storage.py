@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from actors.contract import ConfigError
-from pipelines.corpus.patience import PatientFileSystem
+from actors.contract import ConfigError, TransientError
+from pipelines.corpus.patience import PatientFileSystem, answered
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,6 +26,9 @@ Result = TypeVar("Result")
 SCRATCH = ".scratch"
 SCRATCH_LIFE_S = 86_400.0
 COMPARED_AT_ONCE = 1 << 22
+HEX_DIGITS = "0123456789abcdef"
+SENT_AT_ONCE = 16 << 20
+"""Bytes of one request of a multipart upload, which an object of twice as many gets: what is lost is sent again."""
 RETRY_S = 300.0
 WITHOUT_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
@@ -97,6 +100,23 @@ class Storage:
             return {}
         found = {entry["name"].rsplit("/", 1)[1]: entry["size"] for entry in entries if entry["type"] == "file"}
         return dict(sorted((name, size) for name, size in found.items() if name))
+
+    def sizes_by_hex(self, folder: str) -> dict[str, int]:
+        """`sizes` of those objects whose names begin with a hex digit, as units' do.
+
+        An object store lists a thousand names at a time, one answer after the other: 100 for 100,000 units. By their
+        first digit sixteen such lists go on side by side.
+        """
+        if self.is_local:
+            return {name: size for name, size in self.sizes(folder).items() if name[0] in HEX_DIGITS}
+        self.fs.invalidate_cache()
+        start = len(self.path(folder)) + 1
+
+        def listed(digit: str) -> dict[str, int]:
+            found = self.fs.find(self.path(folder), prefix=digit)
+            return {path[start:]: int(entry["size"]) for path, entry in found.items() if "/" not in path[start:]}
+
+        return dict(sorted(pair for _, found in concurrently(listed, HEX_DIGITS) for pair in found.items()))
 
     def folders(self, folder: str) -> list[str]:
         """Names of the folders directly in `folder`, in order."""
@@ -211,23 +231,37 @@ class Storage:
 
         def put() -> bool:
             try:
-                self.fs.raw.put_file(str(scratch), target, mode="create")
+                self.fs.raw.put_file(str(scratch), target, mode="create", **self._in_parts())
                 return True
             except Exception as error:
                 self.fs.invalidate_cache()
-                try:
-                    return self._holds(target, scratch)
-                except FileNotFoundError:
-                    if isinstance(error, FileNotFoundError):
-                        raise ConfigError(f"{self.url} cannot be written: there is no such bucket") from error
-                    raise error from None  # neither ours nor another's: the put itself failed
+                held = None
+                with contextlib.suppress(ConfigError, TransientError):  # then what the put said is told, or tried again
+                    held = self.within(0)._holds(target, scratch)
+                if held is not None:
+                    return held
+                if answered(error)[0] == "NoSuchUpload":  # which is made anew, unlike what else is not found
+                    raise OSError("the store has forgotten the upload") from None
+                if isinstance(error, FileNotFoundError):
+                    raise ConfigError(f"{self.url} cannot be written: there is no such bucket") from error
+                raise  # neither ours nor another's: the put itself failed
 
         return self.fs.persist(f"writing {path}", put)
 
-    def _holds(self, target: str, scratch: Path) -> bool:
-        """Whether the object there has the scratch file's bytes. Most of another's differ in size already."""
-        if self.fs.info(target)["size"] != scratch.stat().st_size:
-            return False
+    def _in_parts(self) -> dict[str, int]:
+        """How large objects go up to an S3 store; others have their own ways, and other names for them."""
+        return {"chunksize": SENT_AT_ONCE, "max_concurrency": 4} if "s3" in self.fs.raw.protocol else {}
+
+    def _holds(self, target: str, scratch: Path) -> bool | None:
+        """Whether the object there has the scratch file's bytes; None where there is no object.
+
+        Most of another's differ in size already.
+        """
+        try:
+            if self.fs.info(target)["size"] != scratch.stat().st_size:
+                return False
+        except FileNotFoundError:
+            return None
         with self.fs.open(target) as found, scratch.open("rb") as ours:
             while chunk := ours.read(COMPARED_AT_ONCE):
                 if found.read(COMPARED_AT_ONCE) != chunk:

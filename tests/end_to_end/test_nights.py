@@ -1,5 +1,6 @@
 """The life of one output root: interrupted, resumed, and run again every night with new shards and a new config."""
 
+import contextlib
 import json
 import os
 import re
@@ -65,6 +66,7 @@ class Interrupted:
     processes: list[psutil.Process]
     leases: dict[str, bytes]
     committed: dict[str, dict[str, object]]
+    listening_at: set[str]
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +75,17 @@ def interrupted(life: Life, lone_command_line: CommandLine) -> Interrupted:
     running = lone_command_line.start(*life.arguments)
     running.until(lambda: num_units(life.root) >= 2, "two units were committed")
     processes = psutil.Process(running.pid).children(recursive=True)
+    listening_at = set().union(*map(addresses, [psutil.Process(running.pid), *processes]))
     os.killpg(running.pid, signal.SIGINT)
-    return Interrupted(running.wait(), processes, files(life.root / "leases"), unit_facts(life.root))
+    return Interrupted(running.wait(), processes, files(life.root / "leases"), unit_facts(life.root), listening_at)
+
+
+def addresses(process: psutil.Process) -> set[str]:
+    """Where the process listens for connections from other machines or this one."""
+    with contextlib.suppress(psutil.Error):
+        found = process.net_connections("inet")
+        return {each.laddr.ip.removeprefix("::ffff:") for each in found if each.status == psutil.CONN_LISTEN}
+    return set()
 
 
 def test_ctrl_c_ends_a_job_in_order(interrupted: Interrupted, life: Life) -> None:
@@ -86,6 +97,10 @@ def test_ctrl_c_ends_a_job_in_order(interrupted: Interrupted, life: Life) -> Non
     assert int(told[1]) == int(told[2]) <= len(interrupted.committed), "what the driver had heard of"
     assert "000001.released" in interrupted.leases
     assert 2 <= len(interrupted.committed) < NUM_ROWS
+
+
+def test_a_job_with_a_ray_of_its_own_is_reached_from_this_machine_alone(interrupted: Interrupted) -> None:
+    assert interrupted.listening_at == {"127.0.0.1"}
 
 
 def test_ctrl_c_leaves_no_process_of_its_own_ray(interrupted: Interrupted) -> None:

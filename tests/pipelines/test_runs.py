@@ -1,5 +1,6 @@
 """Run records, fingerprints and which differences between two runs are refused."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -121,8 +122,31 @@ def test_stored_answers_need_a_column() -> None:
 
 @pytest.mark.parametrize("name", ["secret", "key", "aws_session_token", "password"])
 def test_secrets_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"site.storage_options.{name}: secrets do not go into a config"):
+    with pytest.raises(ConfigError, match=f"storage_options.{name}: secrets do not go into a config"):
         SiteConfig(storage_options={name: "hunter2"})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SiteConfig(storage_options={"client_kwargs": {"aws_secret_access_key": "hunter2"}}),
+        lambda: SiteConfig(storage_options={"endpoint_url": "https://me:hunter2@store.example.com"}),
+        lambda: InputConfig(path="https://store.example.com/a.parquet?X-Amz-Signature=hunter2"),
+        lambda: OutputConfig(root="s3://me:hunter2@bucket/out"),
+        lambda: PolicyConfig(model="m", engine="vllm", engine_kwargs={"hf_token": "hunter2"}),
+        lambda: PolicyConfig(model="s3://b/m", model_storage_options={"secret": "hunter2"}),
+    ],
+)
+def test_secrets_are_refused_wherever_they_hide_and_are_not_repeated(make: Callable[[], object]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        make()
+    assert "hunter2" not in str(refusal.value)
+
+
+def test_what_only_sounds_like_a_secret_is_taken() -> None:
+    SiteConfig(storage_options={"config_kwargs": {"max_pool_connections": 50}, "anon": True, "token": None})
+    PolicyConfig(model="m", engine="vllm", engine_kwargs={"override_generation_config": {"eos_token_id": 5}})
+    InputConfig(path="abfs://container@account.dfs.core.windows.net/prompts")
 
 
 def test_a_run_that_made_nothing_is_not_what_the_rows_were_made_by(tmp_path: Path) -> None:

@@ -71,11 +71,11 @@ def test_a_job_that_fails_releases_its_lease(local_output: Storage) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "lease-heartbeat"]
 
 
-def test_a_waiting_job_goes_on_as_soon_as_the_first_releases(local_output: Storage) -> None:
-    first = lease(local_output, ttl_s=60.0).__enter__()
+def test_a_waiting_job_goes_on_as_soon_as_the_first_releases(output: Storage) -> None:
+    first = lease(output, ttl_s=60.0).__enter__()
     releaser = threading.Timer(0.3, lambda: first.__exit__(None, None, None))
     releaser.start()
-    assert 0.2 < seconds_to_take(local_output, 60) < 10
+    assert 0.2 < seconds_to_take(output, 60) < 10
     releaser.join()
 
 

@@ -90,10 +90,10 @@ def test_limits_and_other_unit_sizes_one_after_another_make_every_row_once(outpu
 
 
 def test_finished_shards_are_not_opened_again_and_new_ones_are(
-    source: Input, local_output: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Input, output: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make(source, local_output, limit=10)  # all of a
-    publish(local_output, OUT)
+    make(source, output, limit=10)  # all of a
+    publish(output, OUT)
     write_shard(tmp_path / "in" / "c.parquet", 2)
     opened: list[str] = []
     cat_file = source.fs.cat_file
@@ -104,19 +104,19 @@ def test_finished_shards_are_not_opened_again_and_new_ones_are(
         return cat_file(path, *args, **kwargs)
 
     monkeypatch.setattr(source.fs, "cat_file", counting)
-    plan = plan_of(source, CONFIG, local_output)
+    plan = plan_of(source, CONFIG, output)
     assert sorted(opened) == ["b.parquet", "c.parquet"]
     assert (plan.num_shards, plan.num_finished) == (3, 1)
     assert {span.shard.listed.path for span in plan.spans} == {"b.parquet", "c.parquet"}
 
 
-def test_a_shard_finished_by_two_partitions_together_is_not_opened_again(source: Input, local_output: Storage) -> None:
+def test_a_shard_finished_by_two_partitions_together_is_not_opened_again(source: Input, output: Storage) -> None:
     for _ in range(2):
-        make(source, local_output, limit=7)
-        publish(local_output, OUT)
-    make(source, local_output)
-    publish(local_output, OUT)
-    assert plan_of(source, CONFIG, local_output).num_finished == 2
+        make(source, output, limit=7)
+        publish(output, OUT)
+    make(source, output)
+    publish(output, OUT)
+    assert plan_of(source, CONFIG, output).num_finished == 2
 
 
 @pytest.mark.parametrize("publishes", [False, True], ids=["committed", "published"])
@@ -158,17 +158,15 @@ def _lose(source: Input, output: Storage, config: InputConfig = CONFIG) -> Unit:
     return lost[3]
 
 
-def test_a_lost_unit_is_planned_exactly_as_it_was_whatever_unit_rows_is_now(
-    source: Input, local_output: Storage
-) -> None:
-    lost = _lose(source, local_output)
+def test_a_lost_unit_is_planned_exactly_as_it_was_whatever_unit_rows_is_now(source: Input, output: Storage) -> None:
+    lost = _lose(source, output)
     for unit_rows in (1, 3, 100):
-        plan = plan_of(source, CONFIG, local_output, unit_rows=unit_rows)
+        plan = plan_of(source, CONFIG, output, unit_rows=unit_rows)
         assert [unit for span in plan.spans for unit in span.units] == [lost]
         assert plan.num_done_rows == 15 - lost.num_rows
-    make(source, local_output, unit_rows=2)
-    assert publish(local_output, OUT).lost == ()
-    check_exactly_once(local_output, ROWS)
+    make(source, output, unit_rows=2)
+    assert publish(output, OUT).lost == ()
+    check_exactly_once(output, ROWS)
 
 
 def test_lost_units_come_before_new_ones_when_there_is_a_limit(

@@ -266,13 +266,13 @@ def test_a_zombies_late_commit_of_published_rows_changes_nothing_and_is_dropped(
     assert output.sizes("units") == {}
 
 
-def test_a_zombies_commit_while_a_partition_is_unfinished_is_no_part_of_it(local_output: Storage) -> None:
-    commit_units(local_output, SHARD)
+def test_a_zombies_commit_while_a_partition_is_unfinished_is_no_part_of_it(output: Storage) -> None:
+    commit_units(output, SHARD)
     with pytest.raises(Killed):
-        publish(Stepped(local_output, at(2, kill)), CONFIG)  # plan.json and a part are there
-    commit_unit(local_output, SHARD, Unit(SHARD.key, 0, 3), version="zombie")
-    publish(local_output, CONFIG)
-    check_exactly_once(local_output, rows_of(SHARD))
+        publish(Stepped(output, at(2, kill)), CONFIG)  # plan.json and a part are there
+    commit_unit(output, SHARD, Unit(SHARD.key, 0, 3), version="zombie")
+    publish(output, CONFIG)
+    check_exactly_once(output, rows_of(SHARD))
 
 
 # --- crashes --------------------------------------------------------------------------------------------------------
@@ -336,16 +336,16 @@ def test_a_publisher_killed_before_any_change_on_s3_leaves_what_the_next_one_com
     assert _crash_everywhere(lambda: Storage(f"{s3_output.url}/{next(numbers)}", options)) >= 7
 
 
-def test_publishers_that_are_killed_again_and_again_get_there(local_output: Storage) -> None:
-    _prepare_crash(local_output)
+def test_publishers_that_are_killed_again_and_again_get_there(output: Storage) -> None:
+    _prepare_crash(output)
     for _ in range(50):
         try:
-            publish(Stepped(local_output, at(1, kill)), CONFIG)  # one change each
+            publish(Stepped(output, at(1, kill)), CONFIG)  # one change each
         except Killed:
             continue
         break
-    publish(local_output, CONFIG)
-    check_exactly_once(local_output, CRASH_ROWS)
+    publish(output, CONFIG)
+    check_exactly_once(output, CRASH_ROWS)
 
 
 # --- races ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ import pytest
 from aiohttp import ClientPayloadError
 
 from actors.contract import ConfigError, TransientError
+from pipelines.corpus.publish import OutputConfig, publish
 from pipelines.corpus.storage import SCRATCH, SCRATCH_LIFE_S, Storage
+from tests.pipelines.corpus.fabricate import check_exactly_once, commit_units, fake_shard, rows_of
 
 KB = 1024
 
@@ -304,7 +306,62 @@ def test_wrong_credentials_are_a_mistake_and_not_a_lost_race(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     stranger = Storage(s3_output.url, {"endpoint_url": s3_endpoint, "skip_instance_cache": True})
     begun = time.monotonic()
-    with pytest.raises(ConfigError, match=f"{s3_output.url} refuses: looking up .*units/a"):
+    with pytest.raises(ConfigError, match=f"{s3_output.url} refuses: writing units/a"):
         stranger.create("units/a", b"x")
     assert time.monotonic() - begun < 5
     assert not s3_output.exists("units/a")
+
+
+# --- large and many -------------------------------------------------------------------------------------------------
+
+
+def test_of_racing_writers_of_many_parts_exactly_one_creates(
+    s3_output: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above twice SENT_AT_ONCE an object goes up in parts, and is created where they are put together."""
+    monkeypatch.setattr("pipelines.corpus.storage.SENT_AT_ONCE", 5 << 20)
+    payloads = [bytes([writer]) * ((11 << 20) + writer) for writer in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        won = list(pool.map(lambda payload: s3_output.create("corpus/part", payload), payloads))
+    assert won.count(True) == 1
+    assert s3_output.read("corpus/part") == payloads[won.index(True)]
+
+
+def test_units_are_listed_by_their_first_digit_all_of_them_and_nothing_else(output: Storage) -> None:
+    names = [f"{digit}{number}" for digit in "0123456789abcdef" for number in range(3)]
+    for path in (*(f"units/{name}" for name in names), "units/notes.txt", "units/fa/below", "units.old/00"):
+        output.create(path, path.encode())
+    assert list(output.sizes_by_hex("units").items()) == [(name, len(f"units/{name}")) for name in sorted(names)]
+    assert output.sizes_by_hex("none") == {}
+
+
+def test_nothing_is_renamed_or_copied_on_an_object_store(s3_output: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("an object store has no rename")
+
+    for name in ("mv", "mv_file", "rename", "copy", "cp_file", "_cp_file", "_copy_basic", "_copy_managed"):
+        monkeypatch.setattr(s3_output.fs.raw, name, forbidden, raising=False)
+    shard = fake_shard(row_groups=(8,))
+    commit_units(s3_output, shard, quarantined=[1])
+    publish(s3_output, OutputConfig(root="out"))
+    check_exactly_once(s3_output, rows_of(shard))
+
+
+class _NoSuchUpload(Exception):
+    """As botocore raises it; s3fs makes a FileNotFoundError of it."""
+
+    response = {"Error": {"Code": "NoSuchUpload"}, "ResponseMetadata": {"HTTPStatusCode": 404}}  # noqa: RUF012
+
+
+def test_an_upload_that_the_store_forgot_is_made_again(s3_output: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_file, forgotten = s3_output.fs.raw.put_file, [1, 2]
+
+    def forgetful(*args: Any, **kwargs: Any) -> None:
+        if forgotten:
+            forgotten.pop()
+            raise FileNotFoundError("The specified multipart upload does not exist") from _NoSuchUpload()
+        put_file(*args, **kwargs)
+
+    monkeypatch.setattr(s3_output.fs.raw, "put_file", forgetful)
+    assert s3_output.create("corpus/part", b"x")
+    assert not forgotten
