@@ -1,10 +1,6 @@
 """The job's data flow on Ray: units are read, answered, aligned and committed, all at the same time."""
 
 import logging
-import math
-import os
-import re
-import signal
 import time
 import warnings
 from typing import Any
@@ -17,10 +13,10 @@ from ray.data.context import AutoscalingConfig
 
 from actors.aligner import AlignerStage
 from actors.board import Board
-from actors.contract import ConfigError, TransientError
 from actors.policy import PolicyStage
 from actors.pool import add_pool, planned
 from pipelines import report
+from pipelines.cluster import join_or_start, told_by
 from pipelines.corpus.commit import Committer
 from pipelines.corpus.plan import Plan
 from pipelines.corpus.read import UnitSource
@@ -88,7 +84,7 @@ def stream(config: AlignCorpusConfig, source: Input, output: Storage, plan: Plan
             report.say(f"committed until now: {tally.num_units} units, {tally.num_rows} of {plan.num_rows} rows")
             raise
         except ray.exceptions.RayError as error:
-            told = _told(error)
+            told = told_by(error)
             if told is None:
                 raise
             raise told from None
@@ -178,38 +174,7 @@ def connect(config: AlignCorpusConfig) -> None:
     Raises ConfigError where they never will, and TransientError where the nodes for them did not come in time.
     """
     if not ray.is_initialized():
-        _join_or_start(config)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there, which exits with 15
+        join_or_start(config.site.ray_address, sum(need.count * need.cpus for need in needs(config)))
     wait_until_placeable(
         needs(config), config.run.wait_for_resources_s, say_every_s=config.site.log_every_s, announce=report.say
     )
-
-
-def _join_or_start(config: AlignCorpusConfig) -> None:
-    address = config.site.ray_address or os.environ.get("RAY_ADDRESS") or "local"
-    if address != "local":
-        try:
-            ray.init(address=address, logging_level=logging.ERROR)
-        except (ConnectionError, ray.exceptions.AuthenticationError) as error:  # a wrong token is a ConnectionError too
-            raise ConfigError(
-                f"no Ray cluster at {address} (site.ray_address or RAY_ADDRESS) lets this job in: there is none, or it "
-                "wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to what "
-                "`ray get-auth-token` prints on its head"
-            ) from error
-        return
-    needed = sum(need.count * need.cpus for need in needs(config))
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, math.ceil(needed)),  # logical: pools share the cores that there are
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-    )
-
-
-def _told(error: ray.exceptions.RayError) -> ConfigError | TransientError | None:
-    """What an actor raised for a person: of an error's causes Ray Data hands on nothing but their text."""
-    for kind in (ConfigError, TransientError):
-        found = re.search(rf"^{kind.__module__}\.{kind.__name__}: (.+)$", str(error), re.MULTILINE)
-        if found:
-            return kind(found[1])
-    return None

@@ -112,7 +112,7 @@ def read_checked(source: Input, config: InputConfig, span: Span) -> Iterator[tup
 
     Columns: prompt_id, prompt, stored (where there is a response column), the kept columns, source, problem.
     """
-    for unit, rows in _rows(source, config.columns, span):
+    for unit, rows in read_rows(source, config.columns, span):
         make = _unreadable if isinstance(rows, Unreadable) else _checked
         yield unit, make(config, span, unit, rows)
 
@@ -128,7 +128,7 @@ class Unreadable:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def _rows(source: Input, columns: list[str] | None, span: Span) -> Iterator[tuple[Unit, "pa.Table | Unreadable"]]:
+def read_rows(source: Input, columns: list[str] | None, span: Span) -> Iterator[tuple[Unit, "pa.Table | Unreadable"]]:
     """(unit, its rows as stored), or (unit, Unreadable) from the first unit on that the file's damage touches."""
     file = Watched(source.open(span.shard.listed))
     parquet = pq.ParquetFile(pa.PythonFile(file, mode="r"), page_checksum_verification=True)
@@ -192,7 +192,7 @@ class WholeRows:
         return texts
 
     def _begin(self) -> None:
-        self._pieces = (rows for _, rows in _rows(self._source, None, self._span))
+        self._pieces = (rows for _, rows in read_rows(self._source, None, self._span))
         self._held: deque[pa.Table | Unreadable] = deque()
         self._num_bytes = self._num_read = 0
 

@@ -31,10 +31,12 @@ class Storage:
         url: the folder. It is made on the first write.
         options: keyword arguments of the fsspec file system, such as `endpoint_url`. Never secrets: those come from the
             environment, where fsspec's file systems look for them.
+        partitions: name of the folder that holds the partitions, and of their parts in the manifests.
     """
 
-    def __init__(self, url: str, options: dict[str, Any] | None = None) -> None:
+    def __init__(self, url: str, options: dict[str, Any] | None = None, partitions: str = "corpus") -> None:
         self.url = url.rstrip("/") or "/"
+        self.partitions = partitions
         try:
             self.fs, root = fsspec.core.url_to_fs(os.path.expanduser(url), **(options or {}))
         except (ValueError, ImportError) as error:

@@ -3,6 +3,7 @@
 import pyarrow as pa
 
 from actors.contract import MESSAGE
+from pipelines.preferences.arrow import whole
 
 
 def trl(pairs: pa.Table) -> pa.Table:
@@ -19,6 +20,6 @@ def trl(pairs: pa.Table) -> pa.Table:
 
 def as_messages(texts: pa.ChunkedArray, role: str = "assistant") -> pa.ListArray:
     """Each text as a list of one message."""
-    texts = pa.chunked_array(texts).combine_chunks()
+    texts = whole(texts)
     messages = pa.StructArray.from_arrays([pa.repeat(role, len(texts)), texts], fields=list(MESSAGE))
     return pa.ListArray.from_arrays(pa.array(range(len(texts) + 1), pa.int32()), messages)
