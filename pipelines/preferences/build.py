@@ -93,10 +93,10 @@ class Builder:
         export = self.config.export
         exported = EXPORTERS[export].convert(dataset) if export else dataset.drop_columns(["split"])
         lists = _nested(exported, used[made.row], rows.num_rows)
-        dropped = Counter(cause for cause in causes.tolist() if cause)
-        made_by_split = Counter(split.take(pa.array(used[made.row])).to_pylist())
+        dropped = Counter(causes[causes != ""].tolist())
+        made_by_split = {each["values"]: each["counts"] for each in dataset["split"].value_counts().to_pylist()}
         facts = {
-            "num_quarantined": dropped.total(), "causes": dict(dropped), "made": dict(made_by_split),
+            "num_quarantined": dropped.total(), "causes": dict(dropped), "made": made_by_split,
             "unused": dict(ranked.unused), "num_candidates": len(found.values),
             "checks": checks.facts(build.strategy, dataset, found, made, unit.name, build.seed),
         }  # fmt: skip

@@ -22,6 +22,7 @@ from pipelines.preferences.settings import PromptsConfig
 
 NUM_PERMUTATIONS = 128
 SHINGLE_WORDS = 3
+SCHEME = "affine32"  # of datasketch's permutations: fixed, as signatures are kept
 _WORD = re.compile(r"\w+")
 
 Keys = npt.NDArray[np.uint64]
@@ -68,7 +69,7 @@ def signatures(texts: pa.Array) -> pa.FixedSizeListArray:
     from datasketch import MinHash  # brings scipy along, which takes a second to import
 
     shingles = [[" ".join(each).encode() for each in grams(words(text), SHINGLE_WORDS)] for text in texts.to_pylist()]
-    made = [found.hashvalues for found in MinHash.generator(shingles, num_perm=NUM_PERMUTATIONS, seed=1)]
+    made = [found.hashvalues for found in MinHash.generator(shingles, num_perm=NUM_PERMUTATIONS, seed=1, scheme=SCHEME)]
     values = np.concatenate(made).astype(np.uint32) if made else np.empty(0, np.uint32)
     return pa.FixedSizeListArray.from_arrays(pa.array(values), NUM_PERMUTATIONS)
 
@@ -111,7 +112,7 @@ def near_duplicates(parts: Iterable[pa.Table], overlap: float) -> Iterator[Bools
         values = np.asarray(lists.flatten()).reshape(-1, NUM_PERMUTATIONS)
         again = np.zeros(len(values), bool)
         for row, value in enumerate(values):
-            found = MinHash(num_perm=NUM_PERMUTATIONS, seed=1, hashvalues=value.astype(np.uint64))
+            found = MinHash(num_perm=NUM_PERMUTATIONS, seed=1, scheme=SCHEME, hashvalues=value.astype(np.uint64))
             near = [used[number] for number in index.query(found)]
             again[row] = any((each == value).mean() >= overlap for each in near)
             if not again[row]:
