@@ -108,6 +108,9 @@ class BadShard:
 class Input:
     """The folder, file or glob that the prompts come from. Safe to pickle."""
 
+    changed_advice = "input.on_changed_shard=new aligns it as a new shard, besides the old rows"
+    """What to do about a shard that is another one under an old name."""
+
     def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
         self.url = url
         try:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.preferences import schema
 from pipelines.preferences.arrow import whole
 from pipelines.preferences.picks import Candidates, Made, normal
 
@@ -36,7 +37,7 @@ BROKEN = {
 def violations(strategy: str, rows: pa.Table) -> dict[str, int]:
     """How many of the rows that a strategy made break each rule of BROKEN."""
     broken = {name: np.zeros(rows.num_rows, bool) for name in BROKEN}
-    for field in rows.schema:
+    for field in (each for each in rows.schema if each.name in schema.STRATEGIES[strategy].names):
         column = whole(rows[field.name])
         if pa.types.is_list(field.type) and field.name != "prompt":
             row, column = _parents(column), column.flatten()

@@ -86,16 +86,11 @@ def grams(found: list[str], length: int) -> Iterator[tuple[str, ...]]:
 
 
 def exact_duplicates(parts: Iterable[pa.Table]) -> Iterator[Bools]:
-    """Of each part, in corpus order, which prompts have the key of an earlier one. Holds 8 bytes per prompt."""
-    seen = np.empty(0, np.uint64)
-    for part in parts:
-        keys = np.asarray(part["key"])
-        _, first = np.unique(keys, return_index=True)
-        again = np.ones(len(keys), bool)
-        again[first] = False
-        again |= np.isin(keys, seen)
-        seen = np.concatenate([seen, keys[~again]])
-        yield again
+    """Of each part, in corpus order, which prompts have the key of an earlier one. Holds some 30 bytes per prompt."""
+    keys = [np.asarray(part["key"]) for part in parts]
+    again = np.ones(sum(map(len, keys)), bool)
+    again[np.unique(np.concatenate([*keys, np.empty(0, np.uint64)]), return_index=True)[1]] = False
+    yield from np.split(again, np.cumsum([len(each) for each in keys])[:-1])
 
 
 def near_duplicates(parts: Iterable[pa.Table], overlap: float) -> Iterator[Bools]:

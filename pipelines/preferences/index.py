@@ -1,12 +1,15 @@
 """The index of prompts: what each part of the corpus asks, kept beside the dataset so that later runs need not read it
 again to know which prompts came before."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actors.contract import ConfigError
+from pipelines.corpus.parquet import Watched, first_line, is_damage
 from pipelines.corpus.shards import Listed
 from pipelines.corpus.storage import Storage
 from pipelines.preferences.filters import exact_duplicates, near_duplicates, prompt_keys, prompt_texts, signatures
@@ -36,22 +39,34 @@ def write_index(source: PublishedCorpus, output: Storage, listed: Listed, dedup:
     def write(path: Path) -> None:
         nonlocal num_rows
         writer: pq.ParquetWriter | None = None
-        with source.open(listed) as file:
-            for batch in pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=["prompt"]):
-                texts = prompt_texts(batch["prompt"])
-                columns = {"key": pa.array(prompt_keys(texts))}
-                if dedup == "near":
-                    columns["signature"] = signatures(texts)
-                table = pa.table(columns)
-                writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd", write_page_checksum=True)
-                writer.write_table(table)
-                num_rows += table.num_rows
+        for texts in _texts(source, listed):
+            columns = {"key": pa.array(prompt_keys(texts))}
+            if dedup == "near":
+                columns["signature"] = signatures(texts)
+            table = pa.table(columns)
+            writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd", write_page_checksum=True)
+            writer.write_table(table)
+            num_rows += table.num_rows
         if writer is None:
             raise ValueError(f"{listed.path} is published and has no rows")
         writer.close()
 
     output.create_file(f"{FOLDER}/{index_name(listed, dedup)}", write)
     return pa.table({"rows": [num_rows]})
+
+
+def _texts(source: PublishedCorpus, listed: Listed) -> Iterator[pa.Array]:
+    """The texts of a part's prompts, some at a time. Raises ConfigError where the part is damaged."""
+    with source.open(listed) as raw:
+        file = Watched(raw)
+        try:
+            found = pq.ParquetFile(pa.PythonFile(file, mode="r"), page_checksum_verification=True)
+            for batch in found.iter_batches(ROWS_AT_ONCE, columns=["prompt"]):
+                yield prompt_texts(batch["prompt"])
+        except Exception as error:
+            if file.error is not None or not is_damage(error):
+                raise
+            raise ConfigError(f"{listed.path} is damaged ({first_line(error)}); restore it and run again") from error
 
 
 def duplicates(output: Storage, listing: list[Listed], prompts: PromptsConfig) -> dict[str, Bools]:

@@ -197,13 +197,8 @@ def ranks(key: Floats, row: Ints, first: Ints) -> npt.NDArray[np.int32]:
 
 
 def _causes(reason: npt.NDArray[np.int8], row: Ints, first: Ints) -> npt.NDArray[np.object_]:
-    """Of each row without candidates the reason of its first; "" elsewhere."""
-    causes = np.full(len(first) - 1, "", object)
-    is_bare = np.diff(first) == 0
-    causes[is_bare] = "no_candidate"
-    half = len(row) // 2
-    rows, at = np.unique(row[:half], return_index=True)
-    text = np.array(REASONS, object)[reason[at]]
-    has_reason = is_bare[rows] & (text != "")
-    causes[rows[has_reason]] = text[has_reason]
-    return causes
+    """Of each row without candidates the reason of that which came furthest; "" elsewhere."""
+    furthest = np.zeros(len(first) - 1, np.int8)
+    np.maximum.at(furthest, row, reason)
+    told = np.where(furthest == 0, "no_candidate", np.array(REASONS, object)[furthest])
+    return np.where(np.diff(first) == 0, told, "").astype(object)

@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from actors.contract import ConfigError
 from pipelines.corpus.shards import Input, InputConfig, Listed
 from pipelines.corpus.state import read_state
@@ -16,6 +18,8 @@ COLUMNS = ["prompt_id", "prompt", "responses", "aligned", "rewards"]
 
 class PublishedCorpus(Input):
     """The output root of a job that publishes a corpus. Its parts are named below the root; safe to pickle."""
+
+    changed_advice = "the corpus has been made anew; take another output.root"
 
     def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(url, options)
@@ -44,6 +48,13 @@ class PublishedCorpus(Input):
 
     def open(self, shard: Listed) -> Any:
         """The part's bytes as a seekable binary file. Raises ConfigError where it is not what its manifest says."""
+        return self.fs.open(self._found(shard), "rb", cache_type="none")
+
+    def _footer(self, shard: Listed) -> "tuple[pq.FileMetaData, str] | str":
+        self._found(shard)
+        return super()._footer(shard)
+
+    def _found(self, shard: Listed) -> str:
         path = f"{self.root}/{shard.path}"
         try:
             size = self.fs.info(path)["size"]
@@ -51,7 +62,7 @@ class PublishedCorpus(Input):
             raise ConfigError(f"{shard.path} is in a manifest of the corpus, but it is gone; restore it") from None
         if size != shard.size:
             raise ConfigError(f"{shard.path} has {size} bytes, and its manifest says {shard.size}; restore it")
-        return self.fs.open(path, "rb", cache_type="none")
+        return path
 
 
 def shard_config(path: str, keep_columns: list[str]) -> InputConfig:

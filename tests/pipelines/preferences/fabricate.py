@@ -67,7 +67,7 @@ def publish_corpus(root: Path, *parts: pa.Table, number: int = 1, row_group_size
     records = []
     for at, part in enumerate(parts):
         path = folder / f"part-{at:05d}.parquet"
-        pq.write_table(part, path, row_group_size=row_group_size)
+        pq.write_table(part, path, row_group_size=row_group_size, write_page_checksum=True)
         data = path.read_bytes()
         checksum = hashlib.sha256(data).hexdigest()
         records.append(
@@ -82,3 +82,9 @@ def publish_corpus(root: Path, *parts: pa.Table, number: int = 1, row_group_size
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "_SUCCESS").touch()
     return root
+
+
+def damage(path: Path) -> None:
+    """Spoil the first pages of a part; its footer and its size stay."""
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + bytes(200) + data[204:])

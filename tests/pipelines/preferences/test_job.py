@@ -2,35 +2,23 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines.build_preferences import main
 from pipelines.corpus.storage import Storage
-from pipelines.preferences import stream
 from pipelines.preferences.build import Builder
 from pipelines.preferences.schema import STRATEGIES
-from tests.pipelines.preferences.fabricate import Row, publish_corpus, row, table
+from tests.pipelines.preferences.fabricate import Row, damage, publish_corpus, row, table
 
-PARTS = 2
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Ray would do, one call after the other."""
-
-    def run(config: Any, calls: Sequence[Callable[[], Iterator[pa.Table]]]) -> Iterator[dict[str, Any]]:
-        for call in calls:
-            for report in call():
-                yield from report.to_pylist()
-
-    monkeypatch.setattr(stream, "run", run)
-    monkeypatch.setattr("pipelines.corpus.storage._sync", lambda path: None)
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 def rows(first: int = 0, count: int = 40) -> list[Row]:
@@ -88,7 +76,8 @@ def test_every_prompt_is_built_or_dropped_with_its_cause(corpus: Path, tmp_path:
     ]
     assert made[0].keys() == set(STRATEGIES["pairs"].names) - {"split"}
     dropped = pq.read_table(tmp_path / "out" / manifest["dropped"][0]["path"], partitioning=None).to_pylist()
-    assert dropped[0]["cause"] == "tie" and dropped[0]["shard"] == "corpus/run=000001/part-00000.parquet"
+    assert (dropped[0]["shard"], dropped[0]["row"]) == ("corpus/run=000001/part-00000.parquet", 3)
+    assert [each["cause"] for each in dropped[:3]] == ["aligned_lost", "aligned_lost", "aligned_lost"]
     assert not list((tmp_path / "out/units").iterdir())
 
 
@@ -122,6 +111,16 @@ def test_only_new_partitions_are_built_and_prompts_of_old_ones_are_known(
     manifest = json.loads(output.read("preferences/run=000002/manifest.json"))
     assert manifest["num_rows"] == 8
     assert manifest["causes"]["duplicate_prompt"] == 6, "two of run 1, and four of its own"
+
+
+def test_kept_columns_go_along_whatever_they_hold(tmp_path: Path) -> None:
+    some = table(rows(count=3), topic=["", None, "c"], score=[float("nan"), 1.0, 2.0])
+    corpus = publish_corpus(tmp_path / "corpus", some)
+    assert main(job(corpus, tmp_path / "out", "input.keep_columns=[topic, score]", "build=unpaired")) == 0
+    made = published(tmp_path / "out")
+    assert [(each["prompt"][0]["content"][-2], each["topic"]) for each in made] == [
+        ("0", ""), ("0", ""), ("1", None), ("1", None), ("2", "c"), ("2", "c")
+    ]  # fmt: skip
 
 
 def test_unpublished_partitions_are_not_read(corpus: Path, tmp_path: Path) -> None:
@@ -186,6 +185,17 @@ def test_no_prompt_is_in_two_splits(tmp_path: Path) -> None:
     assert len(published(tmp_path / "out")) == 2 * 2 * len(set.union(*prompts.values()))
 
 
+def test_the_dataset_loads_by_split_through_its_card(corpus: Path, tmp_path: Path) -> None:
+    assert main(job(corpus, tmp_path / "out", "prompts.test_fraction=0.3", "export=trl", "output.jsonl=true")) == 0
+    cache = str(tmp_path / "cache")
+    loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=cache)
+    assert {split: rows.to_list() for split, rows in loaded.items()} == {
+        split: published(tmp_path / "out", split) for split in ("train", "test")
+    }
+    dropped = datasets.load_dataset(str(tmp_path / "out"), "dropped", split="train", cache_dir=cache)
+    assert set(dropped["cause"]) == {"aligned_lost", "tie"}
+
+
 def test_a_reward_that_is_no_number_stops_the_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = row("p", ["a"], ["b"], q=([float("nan")], [1.0]))
     corpus = publish_corpus(tmp_path / "corpus", table([*rows(), broken]))
@@ -207,7 +217,7 @@ def test_a_damaged_unit_is_built_again(corpus: Path, tmp_path: Path, monkeypatch
     assert main(job(corpus, tmp_path / "whole")) == 0
     build = Builder.build
 
-    def damage(self: Builder, *arguments: Any) -> pa.Table:
+    def build_damaged(self: Builder, *arguments: Any) -> pa.Table:
         report = build(self, *arguments)
         path = Path(self.output.path(arguments[0].path))
         if arguments[0].start == 4:
@@ -215,7 +225,7 @@ def test_a_damaged_unit_is_built_again(corpus: Path, tmp_path: Path, monkeypatch
             path.write_bytes(path.read_bytes()[:-20] + b"x" * 20)
         return report
 
-    monkeypatch.setattr(Builder, "build", damage)
+    monkeypatch.setattr(Builder, "build", build_damaged)
     assert main(job(corpus, tmp_path / "out")) == 0
     assert published(tmp_path / "out") == published(tmp_path / "whole")
 
@@ -225,16 +235,31 @@ def test_a_damaged_unit_is_built_again(corpus: Path, tmp_path: Path, monkeypatch
     [
         (lambda path: path.unlink(), "it is gone; restore it"),
         (lambda path: path.write_bytes(b"short"), "has 5 bytes, and its manifest says"),
-        (lambda path: path.write_bytes(b"PAR1" + b"\0" * (path.stat().st_size - 4)), "is damaged"),
+        (damage, "is damaged"),
     ],
 )
 def test_a_part_that_is_not_what_its_manifest_says_stops_the_job(
     break_it: Callable[[Path], Any], told: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     break_it(corpus / "corpus/run=000001/part-00001.parquet")
-    assert main(job(corpus, tmp_path / "out")) in (2, 3)
-    assert told in capsys.readouterr().err
-    assert not manifests(tmp_path / "out")
+    for dedup in ("none", "exact"):
+        assert main(job(corpus, tmp_path / dedup, f"prompts.dedup={dedup}")) in (2, 3)
+        assert told in capsys.readouterr().err
+        assert not manifests(tmp_path / dedup)
+
+
+def test_near_duplicates_and_contaminated_prompts_are_dropped(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "benchmark.txt").write_text("Tell me of number 12\n")
+    asked = "Please tell me in a few plain words how the pump in the cellar of this house works"
+    some = [row(text, ["a"], ["b"], q=([1], [2])) for text in (asked, f"{asked} today")]
+    publish_corpus(corpus, table(some), number=2)
+    more = ["prompts.dedup=near", f"prompts.decontaminate=[{tmp_path / 'benchmark.txt'}]"]
+    assert main(job(corpus, tmp_path / "out", *more)) == 0
+    (manifest,) = manifests(tmp_path / "out")
+    assert (manifest["causes"]["contaminated"], manifest["causes"]["duplicate_prompt"]) == (1, 1)
+    assert [each["prompt"][0]["content"] for each in published(tmp_path / "out")][-1] == asked
+    (tmp_path / "benchmark.txt").write_text("Tell me of number 13\n")
+    assert main(job(corpus, tmp_path / "out", *more)) == 2, "another benchmark is another dataset"
 
 
 def test_what_is_no_corpus_is_refused(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,7 +271,17 @@ def test_what_is_no_corpus_is_refused(corpus: Path, tmp_path: Path, capsys: pyte
     assert "keep_columns: no shard has that column" in capsys.readouterr().err
 
 
+def test_a_corpus_that_was_made_anew_is_refused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(job(corpus, tmp_path / "out")) == 0
+    shutil.rmtree(corpus)
+    publish_corpus(corpus, table(rows(5)))
+    assert main(job(corpus, tmp_path / "out")) == 2
+    assert "the corpus has been made anew; take another output.root" in capsys.readouterr().err
+
+
 def test_a_dry_run_tells_and_writes_nothing(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*job(corpus, tmp_path / "out"), "--dry-run"]) == 0
-    assert "to build: 40 prompts in 12 units" in capsys.readouterr().out
+    assert "to build: 40 prompts in 10 units" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
