@@ -25,7 +25,7 @@ from pipelines.corpus.storage import Storage
 from pipelines.preferences import report
 from pipelines.preferences.build import Builder
 from pipelines.preferences.dataset import FOLDER, preferences
-from pipelines.preferences.filters import Benchmarks, read_benchmarks
+from pipelines.preferences.filters import benchmarks_of
 from pipelines.preferences.record import fingerprint, pin_encoder, run_record
 from pipelines.preferences.settings import BuildPreferencesConfig
 from pipelines.preferences.source import PublishedCorpus, shard_config
@@ -62,8 +62,8 @@ def build_preferences(config: BuildPreferencesConfig, flags: Flags) -> int:
     source = PublishedCorpus(config.input.path, config.site.storage_options)
     output = Storage(config.output.root, config.site.storage_options, FOLDER)
     source.refuse_own_output(output)
-    names = config.prompts.decontaminate
-    benchmarks = read_benchmarks(names, config.prompts.ngram, config.site.storage_options) if names else None
+    found = benchmarks_of(config.prompts, config.site.storage_options)
+    benchmarks = found.digest if found else None
     if flags.dry_run:
         report.print_dry_run(config, planned(config, source, output, benchmarks, flags.limit))
         return DONE
@@ -82,7 +82,7 @@ def planned(
     config: BuildPreferencesConfig,
     source: PublishedCorpus,
     output: Storage,
-    benchmarks: Benchmarks | None,
+    benchmarks: str | None,
     limit: int | None,
 ) -> Plan:
     """What is to be built. Raises ConfigError where the rows would not go together with those that are there."""
@@ -117,7 +117,7 @@ def build_and_publish(
     config: BuildPreferencesConfig,
     source: PublishedCorpus,
     output: Storage,
-    benchmarks: Benchmarks | None,
+    benchmarks: str | None,
     plan: Plan,
 ) -> Published:
     """Build the plan's units, then publish what is committed."""

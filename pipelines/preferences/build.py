@@ -22,7 +22,7 @@ from pipelines.corpus.units import Unit
 from pipelines.preferences import checks, schema
 from pipelines.preferences.arrow import whole
 from pipelines.preferences.exporters import EXPORTERS
-from pipelines.preferences.filters import Benchmarks, prompt_keys, prompt_texts, split_of
+from pipelines.preferences.filters import benchmarks_of, prompt_keys, prompt_texts, split_of
 from pipelines.preferences.picks import Made, candidates
 from pipelines.preferences.ranked import Ints, rank
 from pipelines.preferences.semantic import semantic_weights
@@ -38,7 +38,7 @@ class Builder:
     Attributes:
         source: the corpus.
         output: the output root.
-        benchmarks: what prompts must not share words with; None: anything goes.
+        benchmarks: digest of the benchmark files, which each process reads for itself; None where there are none.
         run: number of the run record.
         fingerprint: digest of the run's fingerprint.
     """
@@ -46,7 +46,7 @@ class Builder:
     config: BuildPreferencesConfig
     source: PublishedCorpus
     output: Storage
-    benchmarks: Benchmarks | None
+    benchmarks: str | None
     run: int
     fingerprint: str
 
@@ -81,8 +81,13 @@ class Builder:
         texts = prompt_texts(rows["prompt"])
         split = split_of(prompt_keys(texts), self.config.prompts, build.seed)
         causes = np.full(rows.num_rows, "", object)
-        if self.benchmarks is not None:
-            causes[self.benchmarks.touched(texts)] = "contaminated"
+        benchmarks = benchmarks_of(self.config.prompts, self.config.site.storage_options)
+        if benchmarks is not None:
+            if benchmarks.digest != self.benchmarks:
+                raise ConfigError(
+                    "prompts.decontaminate: the files differ from node to node; put them on shared storage"
+                )
+            causes[benchmarks.touched(texts)] = "contaminated"
         causes[duplicates] = "duplicate_prompt"
         used = np.flatnonzero(causes == "")
         ranked = rank(rows.take(pa.array(used)), partition_of(span.shard.listed.path), build, keep)

@@ -92,7 +92,9 @@ def _write_jsonl(output: Storage, part: dict[str, Any]) -> dict[str, Any]:
     def write(scratch: Path) -> None:
         with output.fs.open(output.path(part["path"]), "rb") as file, scratch.open("wb") as lines:
             for batch in pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE):
-                lines.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in batch.to_pylist())
+                lines.writelines(
+                    json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n" for row in batch.to_pylist()
+                )
 
     if not output.exists(path):
         output.create_file(path, write)

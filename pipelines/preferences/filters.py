@@ -1,5 +1,6 @@
 """Which prompts are used, and in which split: duplicates, contamination with benchmarks, and the split by hash."""
 
+import functools
 import hashlib
 import json
 import re
@@ -124,21 +125,21 @@ class Benchmarks:
     """The texts that prompts must not share `ngram` words in a row with, as GPT-3 was checked (arXiv:2005.14165, C).
 
     A benchmark text of fewer words counts where a prompt has all of them in a row. Words are compared in lower case,
-    without punctuation.
+    without punctuation. Belongs to the process that read it: another's hashes differ.
 
     Attributes:
-        grams: by their number of words, the word sequences to look for.
+        grams: by their number of words, hashes of the word sequences to look for.
         digest: of the files' bytes; part of the fingerprint.
     """
 
-    grams: dict[int, frozenset[tuple[str, ...]]]
+    grams: dict[int, frozenset[int]]
     digest: str
 
     def touch(self, text: str) -> bool:
         """Whether a prompt's text holds one of the sequences."""
         found = words(text)
         return any(
-            length <= len(found) and not wanted.isdisjoint(grams(found, length))
+            length <= len(found) and not wanted.isdisjoint(map(hash, grams(found, length)))
             for length, wanted in self.grams.items()
         )
 
@@ -146,21 +147,29 @@ class Benchmarks:
         return np.array([self.touch(text) for text in texts.to_pylist()], bool)
 
 
-def read_benchmarks(paths: list[str], ngram: int, options: dict[str, Any]) -> Benchmarks:
+def benchmarks_of(prompts: PromptsConfig, options: dict[str, Any]) -> Benchmarks | None:
+    """The benchmarks that the config names, read once per process; None where it names none."""
+    if not prompts.decontaminate:
+        return None
+    return _read_benchmarks(tuple(prompts.decontaminate), prompts.ngram, json.dumps(options, sort_keys=True))
+
+
+@functools.lru_cache(1)
+def _read_benchmarks(paths: tuple[str, ...], ngram: int, options: str) -> Benchmarks:
     """Read benchmark files: every text in a Parquet or JSON (lines) file, at any depth; every line of another.
 
     Raises ConfigError for a file that cannot be read.
     """
-    found: dict[int, set[tuple[str, ...]]] = {}
+    found: dict[int, set[int]] = {}
     digest = hashlib.sha256()
     for path in paths:
         try:
-            fs, name = fsspec.core.url_to_fs(path, **options)
+            fs, name = fsspec.core.url_to_fs(path, **json.loads(options))
             data = fs.cat_file(name)
             digest.update(hashlib.sha256(data).digest())
             for text in _texts(path, data):
                 for gram in grams(words(text), ngram):
-                    found.setdefault(len(gram), set()).add(gram)
+                    found.setdefault(len(gram), set()).add(hash(gram))
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"prompts.decontaminate: cannot read {path}: {error}") from None
     found.pop(0, None)

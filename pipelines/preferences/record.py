@@ -12,7 +12,6 @@ from pipelines.corpus.plan import Plan
 from pipelines.corpus.runs import digest
 from pipelines.preferences import schema
 from pipelines.preferences.build import output_columns
-from pipelines.preferences.filters import Benchmarks
 from pipelines.preferences.settings import BuildPreferencesConfig
 from pipelines.preferences.source import PublishedCorpus
 from pipelines.settings import code_version
@@ -27,14 +26,14 @@ def pin_encoder(config: BuildPreferencesConfig) -> BuildPreferencesConfig:
 
 
 def fingerprint(
-    config: BuildPreferencesConfig, kept_types: Mapping[str, str], benchmarks: Benchmarks | None
+    config: BuildPreferencesConfig, kept_types: Mapping[str, str], benchmarks: str | None
 ) -> dict[str, Any]:
-    """Everything that can change a row, by dotted key."""
+    """Everything that can change a row, by dotted key. `benchmarks` is the digest of the benchmark files."""
     encoder = config.build.semantic_encoder
     return {
         **changes_rows(config),
         "build.semantic_encoder": None if encoder is None else identity(EngineConfig(model=encoder)),
-        "prompts.decontaminate": None if benchmarks is None else benchmarks.digest,
+        "prompts.decontaminate": benchmarks,
         "preferences.schema_version": schema.VERSION,
         **{f"input.keep_columns.{name}": dtype for name, dtype in sorted(kept_types.items())},
     }

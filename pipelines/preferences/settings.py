@@ -138,7 +138,9 @@ class PromptsConfig:
         0.8, "`near`: Jaccard similarity of word triples from which on prompts count as the same", changes_rows=True
     )
     decontaminate: list[str] = option(
-        [], "benchmark files (.parquet, .jsonl, .json, .txt): prompts that share `ngram` words in a row are dropped"
+        [],
+        "benchmark files (.parquet, .jsonl, .json, .txt) that every node can read: prompts that share `ngram` words in "
+        "a row with a text in them are dropped",
     )
     ngram: int = option(13, "words in a row that count as contamination", changes_rows=True)
     test_fraction: float = option(0.0, "share of prompts in split `test`, by a hash of their text", changes_rows=True)

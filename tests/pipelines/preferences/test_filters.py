@@ -10,11 +10,11 @@ import pytest
 
 from actors.contract import PROMPT, ConfigError
 from pipelines.preferences.filters import (
+    benchmarks_of,
     exact_duplicates,
     near_duplicates,
     prompt_keys,
     prompt_texts,
-    read_benchmarks,
     signatures,
     split_of,
 )
@@ -78,7 +78,9 @@ def test_a_prompt_is_contaminated_by_a_run_of_words_whatever_the_format(tmp_path
     (tmp_path / "b.jsonl").write_text(json.dumps({"q": ["How many apples are left?"]}) + "\n\n")
     (tmp_path / "c.txt").write_text("Name three rivers\n")
     paths = [str(tmp_path / name) for name in ("a.parquet", "b.jsonl", "c.txt")]
-    found = read_benchmarks(paths, 8, {})
+    config = PromptsConfig(decontaminate=paths, ngram=8)
+    found = benchmarks_of(config, {})
+    assert found is not None
     asked = {
         f"Well: {SENTENCE.upper()}!": True,
         "Explain in a few plain words how a heat": True,
@@ -89,13 +91,15 @@ def test_a_prompt_is_contaminated_by_a_run_of_words_whatever_the_format(tmp_path
         "Rivers three name": False,
     }
     assert found.touched(pa.array(list(asked))).tolist() == list(asked.values())
-    (tmp_path / "c.txt").write_text("Name two rivers\n")
-    assert read_benchmarks(paths, 8, {}).digest != found.digest
+    assert benchmarks_of(config, {}) is found, "read once"
+    other = benchmarks_of(PromptsConfig(decontaminate=paths[:2], ngram=8), {})
+    assert other is not None and other.digest != found.digest
+    assert benchmarks_of(PromptsConfig(), {}) is None
 
 
 def test_a_benchmark_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"prompts\.decontaminate: cannot read .*none\.jsonl"):
-        read_benchmarks([str(tmp_path / "none.jsonl")], 8, {})
+        benchmarks_of(PromptsConfig(decontaminate=[str(tmp_path / "none.jsonl")]), {})
 
 
 def test_signatures_of_nothing_are_nothing() -> None:

@@ -258,7 +258,8 @@ def test_near_duplicates_and_contaminated_prompts_are_dropped(corpus: Path, tmp_
     (manifest,) = manifests(tmp_path / "out")
     assert (manifest["causes"]["contaminated"], manifest["causes"]["duplicate_prompt"]) == (1, 1)
     assert [each["prompt"][0]["content"] for each in published(tmp_path / "out")][-1] == asked
-    (tmp_path / "benchmark.txt").write_text("Tell me of number 13\n")
+    (tmp_path / "other.txt").write_text("Tell me of number 13\n")
+    more[1] = f"prompts.decontaminate=[{tmp_path / 'other.txt'}]"
     assert main(job(corpus, tmp_path / "out", *more)) == 2, "another benchmark is another dataset"
 
 
