@@ -3,10 +3,12 @@
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from actors.contract import ConfigError
 from actors.engines.base import EngineConfig
-from actors.engines.identity import identity, pinned
+from actors.engines.identity import identity
 from pipelines.config import changes_rows, resolved
 from pipelines.corpus.plan import Plan
 from pipelines.corpus.runs import digest
@@ -18,11 +20,13 @@ from pipelines.settings import code_version
 
 
 def pin_encoder(config: BuildPreferencesConfig) -> BuildPreferencesConfig:
-    """The config with the encoder pinned to a folder. Raises ConfigError where there is none."""
+    """The config with the encoder by its absolute path. Raises ConfigError where there is none."""
     if config.build.semantic_encoder is None:
         return config
-    encoder = pinned(EngineConfig(model=config.build.semantic_encoder), "build.semantic_encoder")
-    return replace(config, build=replace(config.build, semantic_encoder=encoder.model))
+    folder = Path(config.build.semantic_encoder).expanduser().resolve()
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise ConfigError(f"build.semantic_encoder: {folder} holds no encoder (config.json and *.safetensors)")
+    return replace(config, build=replace(config.build, semantic_encoder=str(folder)))
 
 
 def fingerprint(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import BertConfig, BertModel
@@ -51,8 +52,6 @@ def test_the_weight_does_not_depend_on_what_else_is_in_the_batch(encoder: str) -
 
 @pytest.mark.usefixtures("in_this_process")
 def test_pairs_are_weighted_and_another_encoder_is_another_dataset(encoder: str, tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
-
     corpus = publish_corpus(tmp_path / "corpus", table([row(text, ["worse"], [f"{text} Yes."]) for text in TEXTS]))
     given = [f"input.path={corpus}", f"output.root={tmp_path / 'out'}"]
     assert main([*given, f"build.semantic_encoder={encoder}"]) == 0
@@ -62,7 +61,9 @@ def test_pairs_are_weighted_and_another_encoder_is_another_dataset(encoder: str,
     assert main(given) == 2
 
 
-def test_a_folder_without_an_encoder_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_an_encoder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["input.path=in", "output.root=out", f"build.semantic_encoder={tmp_path}"]) == 2
+    assert "holds no encoder (config.json and *.safetensors)" in capsys.readouterr().err
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"build\.semantic_encoder: no encoder in"):
         semantic_weights(str(tmp_path), chats(["a"]), pa.array(["b"]), 1.0)
