@@ -48,10 +48,11 @@ def test_a_slice_of_prompts_has_the_texts_of_those_prompts() -> None:
 def test_splits_go_by_text_and_seed_and_have_their_shares() -> None:
     config = PromptsConfig(test_fraction=0.1, validation_fraction=0.2)
     found = prompt_keys(prompt_texts(chats(*(f"prompt {number}" for number in range(5000)))))
-    split = split_of(found, config, 0)
-    shares = {name: split.to_pylist().count(name) / 5000 for name in ("test", "validation", "train")}
-    assert shares == pytest.approx({"test": 0.1, "validation": 0.2, "train": 0.7}, abs=0.02)
-    assert split_of(found[::-1], config, 0).to_pylist() == split.to_pylist()[::-1]
+    for seed in (0, 1, 2**62):
+        split = split_of(found, config, seed)
+        shares = {name: split.to_pylist().count(name) / 5000 for name in ("test", "validation", "train")}
+        assert shares == pytest.approx({"test": 0.1, "validation": 0.2, "train": 0.7}, abs=0.02)
+    assert split_of(found[::-1], config, 2**62).to_pylist() == split.to_pylist()[::-1]
     assert split_of(found, config, 1).to_pylist() != split.to_pylist()
     assert set(split_of(found, PromptsConfig(), 0).to_pylist()) == {"train"}
 
