@@ -40,7 +40,7 @@ class Candidates:
         first: int64[n + 1], where each row begins.
         row: int64[m].
         reward: float64[m]; NaN where there is none.
-        length: int64[m], tokens; characters where they were not counted.
+        length: int64[m], tokens; characters in rows where they were not counted (see `lengths`).
         prompt_ids: string array of n.
     """
 
@@ -84,7 +84,7 @@ def candidates(ranked: pa.Table, *, distinct: bool = False) -> Candidates:
         first=np.searchsorted(row, np.arange(len(counts) + 1)),
         row=row,
         reward=np.asarray(values.field("reward").to_numpy(zero_copy_only=False), np.float64),
-        length=lengths(values.field("num_tokens"), values.field("text")),
+        length=lengths(values.field("num_tokens"), values.field("text"), row),
         prompt_ids=whole(ranked["prompt_id"]),
     )
 

@@ -119,16 +119,21 @@ def _candidates(rows: pa.Table, build: BuildConfig) -> tuple[Ints, _Found]:
         reward = reward + weight * np.concatenate([values for values, _ in sides])
         is_scored &= np.concatenate([known for _, known in sides])
     if build.length_slope:
-        reward = reward - build.length_slope * lengths(num_tokens, text)
+        row = np.concatenate([np.repeat(np.arange(len(counts)), counts)] * 2)
+        counted = pc.if_else(pc.equal(both("status"), "ok"), num_tokens, pa.scalar(0, pa.int32()))
+        reward = reward - build.length_slope * lengths(counted, text, row)
     policies = pa.concat_arrays([policy, policy])
     return counts, _Found(
         text, both("model"), policies, both("status"), both("finish_reason"), num_tokens, reward, is_scored
     )
 
 
-def lengths(num_tokens: pa.Array, text: pa.Array) -> Ints:
-    """Tokens of each text; characters where they were not counted, as of stored texts."""
-    return np.asarray(pc.coalesce(num_tokens, pc.utf8_length(text)), np.int64)
+def lengths(num_tokens: pa.Array, text: pa.Array, row: Ints) -> Ints:
+    """Tokens of each text; characters of all texts of a row of which one's were not counted, as those of stored texts
+    are not: what is compared is counted alike."""
+    tokens = np.asarray(pc.fill_null(num_tokens, 0), np.int64)
+    by_characters = np.isin(row, row[np.asarray(num_tokens.is_null())])
+    return np.where(by_characters, np.asarray(pc.utf8_length(text), np.int64), tokens)
 
 
 def _reward(rows: pa.Table, counts: Ints, name: str, side: str) -> tuple[Floats, Bools]:

@@ -66,12 +66,14 @@ class BuildConfig:
         0.0, "least difference of rewards between chosen and rejected; ties are never used", changes_rows=True
     )
     max_length_ratio: float | None = option(
-        None, "most that the longer side may have of the shorter's tokens (characters where stored)", changes_rows=True
+        None,
+        "most that the longer side may have of the shorter's tokens (characters where one is stored)",
+        changes_rows=True,
     )
     length_slope: float = option(
         0.0,
-        "reward taken away per token (character where stored): with the slope that the report tells, what is left is "
-        "the reward that length does not explain",
+        "reward taken away per token (character where one is stored): with the slope that the report tells, what is "
+        "left is the reward that length does not explain",
         changes_rows=True,
     )
     threshold: float | None = option(

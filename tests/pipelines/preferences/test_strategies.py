@@ -9,7 +9,7 @@ from pipelines.preferences import strategies
 from pipelines.preferences.ranked import rank
 from pipelines.preferences.settings import BuildConfig
 from pipelines.preferences.strategies.steps import part
-from tests.pipelines.preferences.fabricate import Row, row, table
+from tests.pipelines.preferences.fabricate import Row, candidate, row, table
 
 FOUR = row("four", ["worst", "better"], ["best", "good"], q=([1, 3], [7, 4]))
 TIED = row("tied", ["a", "b"], ["c", "d"], q=([2, 2], [2, 2]))
@@ -80,6 +80,15 @@ def test_margins_and_lengths_that_are_too_small_or_too_large_are_refused() -> No
     long = row("long", ["one two three"], ["one"], q=([1], [2]))
     assert made("pairs", long, max_length_ratio=3.0)[1] == [""]
     assert made("pairs", long, max_length_ratio=2.9)[1] == ["length_ratio"]
+
+
+def test_lengths_that_were_not_counted_alike_are_not_compared() -> None:
+    stored = candidate("ten chars.", num_tokens=None, finish_reason=None)
+    aligned = candidate("twelve chars", num_tokens=2)
+    mixed = row("mixed", [stored], [aligned], q=([1], [2]))
+    assert made("pairs", mixed, max_length_ratio=1.2)[1] == [""]
+    assert made("pairs", mixed, max_length_ratio=1.1)[1] == ["length_ratio"]
+    assert made("pairs", mixed, length_slope=0.25)[0][0]["margin"] == 1 - 0.25 * 2
 
 
 def test_curriculum_goes_from_the_largest_margin_to_the_smallest() -> None:
