@@ -29,6 +29,7 @@ bench: $(VLLM)  ## The figures of the README, and what the pools lose to Ray and
 	$(RUN) tests/benchmarks/plumbing.py
 	$(RUN) tests/benchmarks/decode_vs_generate.py
 	$(RUN) tests/benchmarks/streaming.py
+	$(RUN) tests/benchmarks/preferences.py
 	$(RUN) tests/benchmarks/against_vllm.py
 	$(RUN) tests/benchmarks/against_vllm.py --model ~/.cache/burnish/SmolLM2-135M-Instruct --rows 512
 

@@ -1,10 +1,6 @@
 """A job's data flow on Ray: units are read, answered, aligned, scored and committed, all at the same time."""
 
 import logging
-import math
-import os
-import re
-import signal
 import time
 import warnings
 from collections.abc import Mapping
@@ -13,17 +9,16 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
-from ray._private import ray_constants
 from ray.data._internal.execution import backpressure_policy as backpressure
 from ray.data.context import AutoscalingConfig
 
 from actors.aligner import AlignerStage
 from actors.board import Board
-from actors.contract import ConfigError, TransientError
 from actors.policy import PolicyStage
 from actors.pool import add_pool, planned
 from actors.reward import RewardStage
 from pipelines import report
+from pipelines.cluster import join_or_start, told_by
 from pipelines.corpus.attempts import Attempts
 from pipelines.corpus.commit import Committer
 from pipelines.corpus.plan import Plan
@@ -93,7 +88,7 @@ def stream(config: JobConfig, source: Input, output: Storage, plan: Plan, run: i
             report.say(f"committed until now: {tally.num_units} units, {tally.num_rows} of {plan.num_rows} rows")
             raise
         except ray.exceptions.RayError as error:
-            told = _told(error)
+            told = told_by(error)
             if told is None:
                 raise
             raise told from None
@@ -199,41 +194,7 @@ def connect(config: JobConfig) -> None:
     Raises ConfigError where they never will, and TransientError where the nodes for them did not come in time.
     """
     if not ray.is_initialized():
-        _join_or_start(config)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there, which exits with 15
+        join_or_start(config.site.ray_address, sum(need.count * need.cpus for need in needs(config)))
     wait_until_placeable(
         needs(config), config.run.wait_for_resources_s, say_every_s=config.site.log_every_s, announce=report.say
     )
-
-
-def _join_or_start(config: JobConfig) -> None:
-    address = config.site.ray_address or os.environ.get("RAY_ADDRESS") or "local"
-    if address != "local":
-        try:
-            ray.init(address=address, logging_level=logging.ERROR)
-        except (ConnectionError, ray.exceptions.AuthenticationError) as error:  # a wrong token is a ConnectionError too
-            raise ConfigError(
-                f"no Ray cluster at {address} (site.ray_address or RAY_ADDRESS) lets this job in: there is none, or it "
-                "wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to what "
-                "`ray get-auth-token` prints on its head"
-            ) from error
-        return
-    needed = sum(need.count * need.cpus for need in needs(config))
-    # Nobody else is to reach it: Ray would listen on every address of the machine, `_node_ip_address` notwithstanding.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    ray_constants.ENABLE_RAY_CLUSTER = False  # the same, which was read when Ray was imported
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, math.ceil(needed)),  # logical: pools share the cores that there are
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-    )
-
-
-def _told(error: ray.exceptions.RayError) -> ConfigError | TransientError | None:
-    """What an actor raised for a person: of an error's causes Ray Data hands on nothing but their text."""
-    for kind in (ConfigError, TransientError):
-        found = re.search(rf"^{kind.__module__}\.{kind.__name__}: (.+)$", str(error), re.MULTILINE)
-        if found:
-            return kind(found[1])
-    return None

@@ -1,6 +1,7 @@
 """The dataset card: README.md of the output root, with the YAML header that the Hub and `datasets` read."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -9,24 +10,28 @@ from pipelines.corpus.runs import latest_run
 from pipelines.corpus.state import manifests
 from pipelines.corpus.storage import Storage
 
+CardText = Callable[[str, list[dict[str, Any]], dict[str, Any] | None], str]
+"""The card of a title, the manifests and the last run record."""
 
-def write_card(output: Storage, title: str) -> None:
+
+def write_card(output: Storage, title: str, text: CardText | None = None) -> None:
     """Write the card from the manifests until it is there as they have it: a late writer may put an outdated one."""
     while True:
-        card = _card(title, manifests(output), latest_run(output)).encode()
+        card = (text or corpus_card)(title, manifests(output), latest_run(output)).encode()
         if output.exists("README.md") and output.read("README.md") == card:
             return
         output.put("README.md", card)
 
 
-def _card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | None) -> str:
+def corpus_card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | None) -> str:
+    """The card of a corpus."""
     num_ok = sum(manifest["num_ok"] for manifest in found)
     names = {"default": "corpus", "quarantine": "quarantine"}
-    configs = [_config(name, [part for each in found for part in each[kind]]) for name, kind in names.items()]
+    configs = [card_config(name, [part for each in found for part in each[kind]]) for name, kind in names.items()]
     header = {
         "pretty_name": title,
         "tags": ["synthetic", "alignment", "burnish"],
-        "size_categories": [_size_category(num_ok)],
+        "size_categories": [size_category(num_ok)],
         "configs": [config for config in configs if config["data_files"]],
     }
     lines = ["---", yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(), "---", "", f"# {title}", ""]
@@ -45,8 +50,7 @@ def _card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | None) -
     ]
     lines += _rewards(found)
     if run:
-        lines += ["", "## Made with", "", "| setting | value |", "|---|---|"]
-        lines += [f"| `{key}` | {_cell(value)} |" for key, value in sorted(run["fingerprint"].items())]
+        lines += made_with(run)
         for note in run.get("notes", []):  # records of earlier versions have none
             lines += ["", note]
     lines += [
@@ -80,7 +84,13 @@ def _rewards(found: list[dict[str, Any]]) -> list[str]:
     return ["", "## Rewards", "", *head, *rows]
 
 
-def _config(name: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
+def made_with(run: dict[str, Any]) -> list[str]:
+    """Lines of a card that tell the settings of a run."""
+    lines = ["", "## Made with", "", "| setting | value |", "|---|---|"]
+    return lines + [f"| `{key}` | {_cell(value)} |" for key, value in sorted(run["fingerprint"].items())]
+
+
+def card_config(name: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
     """A config of the YAML header.
 
     `datasets` keeps what it has loaded under a hash of this header, not of the files: without the checksums in it, two
@@ -96,7 +106,7 @@ def _cell(value: Any) -> str:
     return f"`{text[:200]}{'…' if len(text) > 200 else ''}`"
 
 
-def _size_category(num_rows: int) -> str:
+def size_category(num_rows: int) -> str:
     """The Hub's names for sizes."""
     bounds = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
     bounds += [(10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"), (1_000_000_000, "100M<n<1B")]

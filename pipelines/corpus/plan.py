@@ -72,7 +72,7 @@ def make_plan(
     opened = [listed for listed in listing if listed not in finished]
     shards, bad, types = source.footers(opened, config, kept_types or {})
     if config.on_changed_shard == "fail":
-        _refuse_changed(shards, output, state)
+        _refuse_changed(source, shards, output, state)
     if bad and len(bad) == len(listing):
         _refuse_unknown_column(bad, config)
     versions = {shard.key: shard for shard in [*(finished[each] for each in listing if each in finished), *shards]}
@@ -150,7 +150,7 @@ def _refuse_unknown_column(bad: list[BadShard], config: ShardsConfig) -> None:
     raise ConfigError(f"input.{config.key_of(name)}: no shard has that column ({bad[0].path}: {reason})")
 
 
-def _refuse_changed(shards: list[Shard], output: Storage, state: State) -> None:
+def _refuse_changed(source: Input, shards: list[Shard], output: Storage, state: State) -> None:
     """A path that was read before with another size, tag or footer is another shard under an old name."""
     known: dict[str, dict[str, Listed]] = {}
     for partition in state.partitions:
@@ -169,7 +169,7 @@ def _refuse_changed(shards: list[Shard], output: Storage, state: State) -> None:
             was, now = list(before.values())[-1], shard.listed
             raise ConfigError(
                 f"shard {now.path} has changed since it was read ({was.size} bytes, tag {was.tag}; now {now.size} "
-                f"bytes, tag {now.tag}); input.on_changed_shard=new aligns it as a new shard, besides the old rows"
+                f"bytes, tag {now.tag}); {source.changed_advice}"
             )
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from actors.contract import PROBLEM, ConfigError, option, refuse_secrets
 from pipelines.corpus import schema, units
-from pipelines.corpus.card import write_card
+from pipelines.corpus.card import corpus_card, write_card
 from pipelines.corpus.commit import unit_facts
 from pipelines.corpus.means import mean_rewards
 from pipelines.corpus.parquet import Damaged, Watched, first_line, is_damage, read_footer
@@ -74,9 +74,36 @@ class Published:
     withheld: str | None
 
 
+@dataclass(frozen=True)
+class Kind:
+    """How the rows of unit files become those of partitions: where the jobs that publish differ.
+
+    Attributes:
+        left_out: folder, and key in the manifests, of what is made of rows that are not ok.
+        names: of a unit's facts: with what the names of the parts begin that it has rows for.
+        rows: of a unit's ok rows: the rows of its part of that name.
+        left_out_rows: of a unit's rows that are not ok: those of its part in `left_out`, with a column `cause`.
+        summed: of the facts of a plan's units: what the plan keeps of them; `num_made` where parts have other numbers
+            of rows than there are ok rows.
+        refusal: of a plan: why it must not be; None where it may.
+        finished: of the plan and the records of its parts, which are there: what else the manifest tells.
+        card: of title, manifests and last run record: the dataset card.
+    """
+
+    left_out: str
+    names: Callable[[Mapping[str, Any]], Iterable[str]]
+    rows: Callable[[pa.Table, str], pa.Table]
+    left_out_rows: Callable[[Unit, pa.Table], pa.Table]
+    summed: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    refusal: Callable[[Mapping[str, Any]], str | None]
+    finished: Callable[[Storage, Mapping[str, Any], list[dict[str, Any]]], dict[str, Any]]
+    card: Callable[[str, list[dict[str, Any]], dict[str, Any] | None], str]
+
+
 def publish(
     output: Storage,
     config: OutputConfig,
+    kind: Kind | None = None,
     *,
     max_quarantined_fraction: float = 1.0,
     accept_quarantined: bool = False,
@@ -89,6 +116,7 @@ def publish(
     plan determines, and is created if absent; and a plan is only ever made when all before it are finished, from a
     state read after that.
     """
+    kind = kind or CORPUS
     finished: list[int] = []
     while True:
         state = read_state(output)
@@ -96,7 +124,7 @@ def publish(
             return Published(tuple(finished), state.lost, None)
         if state.unfinished:
             partition = state.unfinished[0]
-            damaged = _finish(output, config, partition)
+            damaged = _finish(output, config, kind, partition)
             if damaged:
                 output.delete([unit.path for unit in damaged])
                 return Published(tuple(finished), tuple(damaged), None)
@@ -104,11 +132,11 @@ def publish(
             continue
         if not state.committed:
             if state.partitions:
-                write_card(output, config.title)  # one who died may have left an outdated one
+                write_card(output, config.title, kind.card)  # one who died may have left an outdated one
             if not config.keep_units:
                 output.delete([unit.path for unit in state.stale])
             return Published(tuple(finished), (), None)
-        plan, damaged = _plan(output, config, state, bad_shards)
+        plan, damaged = _plan(output, config, kind, state, bad_shards)
         sizes = output.sizes("units") if damaged else {}
         if any(sizes.get(f"{unit.name}.parquet") != state.sizes[unit] for unit in damaged):
             continue  # not damaged: others have published it, or made it again, since we looked
@@ -118,7 +146,11 @@ def publish(
         share = plan["num_quarantined"] / plan["num_rows"]
         if share > max_quarantined_fraction and not accept_quarantined:
             return Published(tuple(finished), (), _withheld(plan, max_quarantined_fraction))
-        output.create(f"{partition_folder(plan['number'])}/plan.json", json.dumps(plan).encode())  # or another's stands
+        refusal = kind.refusal(plan)
+        if refusal:
+            return Published(tuple(finished), (), refusal)
+        folder = partition_folder(output, plan["number"])
+        output.create(f"{folder}/plan.json", json.dumps(plan).encode())  # or another's stands
 
 
 def _withheld(plan: dict[str, Any], most: float) -> str:
@@ -133,7 +165,7 @@ def _withheld(plan: dict[str, Any], most: float) -> str:
 
 
 def _plan(
-    output: Storage, config: OutputConfig, state: State, bad_shards: tuple[BadShard, ...]
+    output: Storage, config: OutputConfig, kind: Kind, state: State, bad_shards: tuple[BadShard, ...]
 ) -> tuple[dict[str, Any], list[Unit]]:
     """The next partition's plan, and the units that are damaged (then there is no plan).
 
@@ -155,10 +187,8 @@ def _plan(
     named = {unit: found for unit, found in read if found and found["fingerprint"] == oldest}
     facts = dict(sorted(named.items(), key=lambda item: (item[1]["shard"]["path"], item[0])))  # the input's own order
     causes: Counter[str] = Counter()
-    reward_notes: Counter[str] = Counter()
     for found in facts.values():
         causes.update(found["causes"])
-        reward_notes.update(found.get("reward_notes", {}))
     shards = {found["shard"]["key"]: found["shard"] for found in facts.values()}
     plan = {
         "number": max((partition.number for partition in state.partitions), default=0) + 1,
@@ -167,19 +197,19 @@ def _plan(
         "num_rows": sum(unit.num_rows for unit in facts),
         "num_quarantined": sum(causes.values()),
         "causes": dict(causes),
-        "reward_notes": dict(reward_notes),
         "runs": sorted({found["run"] for found in facts.values()}),
         "fingerprints": sorted({found["fingerprint"] for found in facts.values()}),
         "shards": sorted(shards.values(), key=lambda record: (record["path"], record["key"])),
         "bad_shards": [{"path": shard.path, "reason": shard.reason} for shard in bad_shards],
-        "parts": [_part(held, facts) for held in _cut(list(facts), state, config.part_mib << 20)],
+        "parts": [_part(kind, held, facts) for held in _cut(list(facts), state, config.part_mib << 20)],
+        **kind.summed(list(facts.values())),
     }
     return plan, []
 
 
-def _part(held: list[Unit], facts: dict[Unit, dict[str, Any]]) -> dict[str, Any]:
-    has_ok = any(facts[unit]["num_quarantined"] < unit.num_rows for unit in held)
-    return {"units": [unit.name for unit in held], "has_ok": has_ok}
+def _part(kind: Kind, held: list[Unit], facts: dict[Unit, dict[str, Any]]) -> dict[str, Any]:
+    names = {name for unit in held for name in kind.names(facts[unit])}
+    return {"units": [unit.name for unit in held], "names": sorted(names)}
 
 
 def _cut(found: list[Unit], state: State, part_bytes: int) -> Iterator[list[Unit]]:
@@ -198,33 +228,35 @@ def _cut(found: list[Unit], state: State, part_bytes: int) -> Iterator[list[Unit
 # --- finishing a plan -----------------------------------------------------------------------------------------------
 
 
-def _finish(output: Storage, config: OutputConfig, partition: Partition) -> list[Unit]:
+def _finish(output: Storage, config: OutputConfig, kind: Kind, partition: Partition) -> list[Unit]:
     """Carry out a plan: parts, quarantine parts, manifest, card, `_SUCCESS`. Returns damaged units, and then stops.
 
     A unit that is damaged now and made again may come out with other rows quarantined. What decides is therefore the
     corpus part, once it is there: it says which rows it leaves out, and the quarantine part holds exactly those.
     """
-    folder, plan = partition_folder(partition.number), partition.plan
+    folder, plan = partition_folder(output, partition.number), partition.plan
     corpus, quarantine = [], []
+    num_left_out = 0
     try:
         for number, part in enumerate(plan["parts"]):
             found = [Unit.named(name) for name in part["units"]]
-            name = f"part-{number:05d}.parquet"
             left_out = {unit: [(unit.start, unit.stop)] for unit in found}
-            if part["has_ok"]:
-                record, left_out = _write_corpus_part(output, f"{folder}/{name}", found)
+            for name in part["names"]:
+                path = f"{folder}/{name}-{number:05d}.parquet"
+                record, left_out = _write_corpus_part(output, kind, name, path, found)
                 corpus.append(record)
             if any(left_out.values()):
-                path = f"quarantine/run={partition.number:06d}/{name}"
-                quarantine.append(_write_quarantine_part(output, path, left_out))
+                path = f"{kind.left_out}/run={partition.number:06d}/part-{number:05d}.parquet"
+                quarantine.append(_write_quarantine_part(output, kind, path, left_out))
+            num_left_out += sum(stop - start for ranges in left_out.values() for start, stop in ranges)
     except _DamagedUnit as damaged:
         if output.exists(f"{folder}/_SUCCESS"):  # another publisher was faster and has dropped the units since
             return []
         return [damaged.unit]
     if not output.exists(f"{folder}/manifest.json"):
-        manifest = _manifest(output, partition, corpus, quarantine)
+        manifest = _manifest(output, kind, partition, corpus, quarantine, num_left_out)
         output.create(f"{folder}/manifest.json", json.dumps(manifest).encode())
-    write_card(output, config.title)
+    write_card(output, config.title, kind.card)
     output.create(f"{folder}/_SUCCESS", b"")
     if not config.keep_units:
         output.delete([unit.path for unit in partition.units])
@@ -237,7 +269,7 @@ class _DamagedUnit(Exception):
 
 
 def _write_corpus_part(
-    output: Storage, path: str, found: list[Unit]
+    output: Storage, kind: Kind, name: str, path: str, found: list[Unit]
 ) -> tuple[dict[str, Any], dict[Unit, units.Ranges]]:
     """Create a corpus part, or leave the one that is there. Returns its record and the rows that it leaves out."""
     left_out: dict[str, units.Ranges] = {}
@@ -247,7 +279,7 @@ def _write_corpus_part(
             is_ok = pc.equal(table["status"], "ok")
             rows = pc.indices_nonzero(pc.invert(is_ok)).to_pylist()
             left_out[unit.name] = units.merged((unit.start + row, unit.start + row + 1) for row in rows)
-            yield _ok_rows(table.filter(is_ok))
+            yield kind.rows(table.filter(is_ok), name)
 
     if not output.exists(path):
         output.create_file(path, lambda scratch: _write(scratch, ok_rows(), lambda: {LEFT_OUT_KEY: left_out}))
@@ -256,7 +288,9 @@ def _write_corpus_part(
     return record, {unit: [(start, stop) for start, stop in held[unit.name]] for unit in found}
 
 
-def _write_quarantine_part(output: Storage, path: str, left_out: dict[Unit, units.Ranges]) -> dict[str, Any]:
+def _write_quarantine_part(
+    output: Storage, kind: Kind, path: str, left_out: dict[Unit, units.Ranges]
+) -> dict[str, Any]:
     """Create a quarantine part, or leave the one that is there. Returns its record."""
 
     def quarantined_rows() -> Iterator[pa.Table]:
@@ -264,7 +298,7 @@ def _write_quarantine_part(output: Storage, path: str, left_out: dict[Unit, unit
             if ranges:
                 table = _read_unit(output, unit)
                 rows = [row - unit.start for start, stop in ranges for row in range(start, stop)]
-                yield _quarantined_rows(unit, table.take(rows))
+                yield kind.left_out_rows(unit, table.take(rows))
 
     if not output.exists(path):
         output.create_file(path, lambda scratch: _write(scratch, quarantined_rows(), dict))
@@ -334,7 +368,7 @@ def _kept(table: pa.Table) -> list[str]:
     return [name for name in table.column_names if name not in schema.UNIT.names]
 
 
-def _ok_rows(table: pa.Table) -> pa.Table:
+def _ok_rows(table: pa.Table, name: str) -> pa.Table:
     kept = _kept(table)
     source = pc.coalesce(table["published_source"], table["source"])
     table = table.set_column(table.column_names.index("source"), "source", source)
@@ -351,16 +385,24 @@ def _quarantined_rows(unit: Unit, rows: pa.Table) -> pa.Table:
 
 
 def _manifest(
-    output: Storage, partition: Partition, corpus: list[dict[str, Any]], quarantine: list[dict[str, Any]]
+    output: Storage,
+    kind: Kind,
+    partition: Partition,
+    corpus: list[dict[str, Any]],
+    quarantine: list[dict[str, Any]],
+    num_left_out: int,
 ) -> dict[str, Any]:
     plan = partition.plan
     causes: Counter[str] = Counter()
     for part in quarantine:
         with output.fs.open(output.path(part["path"])) as file:
             causes.update(pq.read_table(file, columns=["cause"])["cause"].to_pylist())
-    num_ok = sum(part["num_rows"] for part in corpus)
-    if num_ok + causes.total() != plan["num_rows"]:
-        raise ValueError(f"{num_ok} ok + {causes.total()} quarantined rows are not the {plan['num_rows']} that came in")
+    num_ok = plan["num_rows"] - num_left_out
+    if causes.total() != num_left_out:
+        raise ValueError(f"{num_ok} ok + {causes.total()} left out rows are not the {plan['num_rows']} that came in")
+    num_made = sum(part["num_rows"] for part in corpus)
+    if num_made != plan.get("num_made", num_ok):
+        raise ValueError(f"the parts hold {num_made} rows, not {plan.get('num_made', num_ok)}")
     before = read_state(output)
     rows = units.add({}, partition.units)
     published = units.add(before.published, partition.units)
@@ -375,14 +417,28 @@ def _manifest(
         "num_quarantined": causes.total(),
         "causes": dict(causes),
         "num_units": len(partition.units),
+        **kind.finished(output, plan, corpus),
+        "published_at": time.time(),
+        output.partitions: corpus,
+        kind.left_out: quarantine,
+        "rows": coverage_record(rows),
+        "finished_shards": complete,
+    }
+
+
+def _summed_notes(facts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was noted of texts while they were scored, and how often."""
+    notes: Counter[str] = Counter()
+    for found in facts:
+        notes.update(found.get("reward_notes", {}))
+    return {"reward_notes": dict(notes)}
+
+
+def _told_of_corpus(output: Storage, plan: Mapping[str, Any], corpus: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
         "num_repeated_ids": _num_repeated_ids(output, corpus),
         "rewards": mean_rewards(output, corpus),
         "reward_notes": plan.get("reward_notes", {}),  # plans of earlier versions have none
-        "published_at": time.time(),
-        "corpus": corpus,
-        "quarantine": quarantine,
-        "rows": coverage_record(rows),
-        "finished_shards": complete,
     }
 
 
@@ -395,3 +451,16 @@ def _num_repeated_ids(output: Storage, corpus: list[dict[str, Any]]) -> int:
                 hashes.append(pd.util.hash_array(batch["prompt_id"].to_numpy(zero_copy_only=False)))
     found = np.concatenate(hashes)
     return len(found) - len(np.unique(found))
+
+
+CORPUS = Kind(
+    left_out="quarantine",
+    names=lambda facts: ["part"] if facts["num_quarantined"] < facts["num_rows"] else [],
+    rows=_ok_rows,
+    left_out_rows=_quarantined_rows,
+    summed=_summed_notes,
+    refusal=lambda plan: None,
+    finished=_told_of_corpus,
+    card=corpus_card,
+)
+"""A corpus of aligned answers; the rows that are not ok are the quarantine."""

@@ -1,5 +1,6 @@
 """A published corpus as the input of a job that adds to it: its parts, by the manifests of finished partitions."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -68,8 +69,9 @@ class CorpusInput(Input):
 
     def refuse_own_output(self, output: Storage) -> None:
         """Raise ConfigError where the output is the corpus itself."""
-        if type(self.fs.raw) is type(output.fs.raw) and output.root == self._corpus.root:
-            raise ConfigError(f"output.root is the corpus that is read, {output.url}: take another for the scored one")
+        roots = [os.path.realpath(each.root) if each.is_local else each.root for each in (self._corpus, output)]
+        if type(self.fs.raw) is type(output.fs.raw) and roots[0] == roots[1]:
+            raise ConfigError(f"output.root is the corpus that is read, {output.url}: take another folder")
 
     def with_columns(self, config: CorpusConfig) -> CorpusConfig:
         """The config with ALL written out. Raises ConfigError where partitions do not keep the same columns."""

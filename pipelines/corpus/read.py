@@ -114,7 +114,7 @@ def read_checked(source: Input, config: InputConfig | CorpusConfig, span: Span) 
     Columns: prompt_id, prompt, stored (where there is a response column), the kept columns, source, problem. Of a
     published corpus, whose rows are well: all of its own, with what it calls source as `published_source`, too.
     """
-    for unit, rows in _rows(source, config.columns, span):
+    for unit, rows in read_rows(source, config.columns, span):
         if isinstance(config, CorpusConfig):
             yield unit, _published(config, span, unit, rows)
         else:
@@ -133,7 +133,7 @@ class Unreadable:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def _rows(source: Input, columns: list[str] | None, span: Span) -> Iterator[tuple[Unit, "pa.Table | Unreadable"]]:
+def read_rows(source: Input, columns: list[str] | None, span: Span) -> Iterator[tuple[Unit, "pa.Table | Unreadable"]]:
     """(unit, its rows as stored), or (unit, Unreadable) from the first unit on that the file's damage touches."""
     file = Watched(source.open(span.shard.listed))
     parquet = pq.ParquetFile(pa.PythonFile(file, mode="r"), page_checksum_verification=True)
@@ -199,7 +199,7 @@ class WholeRows:
         return texts
 
     def _begin(self) -> None:
-        self._pieces = (rows for _, rows in _rows(self._source, None, self._span))
+        self._pieces = (rows for _, rows in read_rows(self._source, None, self._span))
         self._held: deque[pa.Table | Unreadable] = deque()
         self._num_bytes = self._num_read = 0
 

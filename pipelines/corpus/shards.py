@@ -138,6 +138,9 @@ class Input:
     Its methods may raise TransientError and ConfigError, as those of `Storage` may.
     """
 
+    changed_advice = "input.on_changed_shard=new aligns it as a new shard, besides the old rows"
+    """What to do about a shard that is another one under an old name."""
+
     def __init__(self, url: str, options: Mapping[str, Any] | None = None, retry_s: float = RETRY_S) -> None:
         self.url = url
         try:

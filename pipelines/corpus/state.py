@@ -72,8 +72,8 @@ class State:
         }
 
 
-def partition_folder(number: int) -> str:
-    return f"corpus/run={number:06d}"
+def partition_folder(output: Storage, number: int) -> str:
+    return f"{output.partitions}/run={number:06d}"
 
 
 def read_state(output: Storage) -> State:
@@ -122,13 +122,13 @@ def _manifest_units(manifest: Mapping[str, Any]) -> list[Unit]:
 
 def _partitions(output: Storage) -> tuple[Partition, ...]:
     numbers = sorted(
-        int(name[4:]) for name in output.folders("corpus") if name.startswith("run=") and name[4:].isdigit()
+        int(name[4:]) for name in output.folders(output.partitions) if name.startswith("run=") and name[4:].isdigit()
     )
     return tuple(found for _, found in concurrently(lambda number: _partition(output, number), numbers) if found)
 
 
 def _partition(output: Storage, number: int) -> Partition | None:
-    folder = partition_folder(number)
+    folder = partition_folder(output, number)
     try:
         plan = json.loads(output.read(f"{folder}/plan.json"))
     except FileNotFoundError:
@@ -142,9 +142,9 @@ def manifests(output: Storage) -> list[dict[str, Any]]:
 
     def manifest(name: str) -> dict[str, Any] | None:
         try:
-            found: dict[str, Any] = json.loads(output.read(f"corpus/{name}/manifest.json"))
+            found: dict[str, Any] = json.loads(output.read(f"{output.partitions}/{name}/manifest.json"))
         except FileNotFoundError:
             return None
         return found
 
-    return [found for _, found in concurrently(manifest, output.folders("corpus")) if found]
+    return [found for _, found in concurrently(manifest, output.folders(output.partitions)) if found]

@@ -47,10 +47,19 @@ class Storage:
         options: keyword arguments of the fsspec file system, such as `endpoint_url`. Never secrets: those come from the
             environment, where fsspec's file systems look for them.
         retry_s: seconds that the store may be out.
+        partitions: name of the folder that holds the partitions, and of their parts in the manifests.
     """
 
-    def __init__(self, url: str, options: dict[str, Any] | None = None, retry_s: float = RETRY_S) -> None:
+    def __init__(
+        self,
+        url: str,
+        options: dict[str, Any] | None = None,
+        retry_s: float = RETRY_S,
+        *,
+        partitions: str = "corpus",
+    ) -> None:
         self.url = url.rstrip("/") or "/"
+        self.partitions = partitions
         try:
             raw, root = fsspec.core.url_to_fs(os.path.expanduser(url), **(options or {}))
         except (ValueError, ImportError) as error:

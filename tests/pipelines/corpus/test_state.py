@@ -81,7 +81,7 @@ def test_units_that_are_published_and_dropped_while_the_state_is_read_are_still_
 
 def test_a_partition_folder_without_a_plan_is_no_partition(local_output: Storage) -> None:
     commit_units(local_output, SHARD)
-    local_output.create(f"{partition_folder(1)}/.scratch-left-by-a-dead-writer", b"")
+    local_output.create(f"{partition_folder(local_output, 1)}/.scratch-left-by-a-dead-writer", b"")
     assert read_state(local_output).partitions == ()
     assert publish(local_output, CONFIG).partitions == (1,)
 

@@ -1,0 +1,49 @@
+"""Joining a Ray cluster or starting one, and what an error that came through Ray means to a person."""
+
+import logging
+import math
+import os
+import re
+import signal
+
+import ray
+from ray._private import ray_constants
+
+from actors.contract import ConfigError, TransientError
+
+
+def join_or_start(address: str | None, num_cpus: float) -> None:
+    """Join the cluster at `address` or RAY_ADDRESS, else start one here, of `num_cpus` logical CPUs at least.
+
+    Raises ConfigError where no cluster there lets this job in.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        # Nobody else is to reach it: Ray would listen on every address of the machine, whatever `_node_ip_address` is.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        ray_constants.ENABLE_RAY_CLUSTER = False  # the same, which was read when Ray was imported
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),  # logical: pools share the cores that there are
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+        )
+    else:
+        try:
+            ray.init(address=address, logging_level=logging.ERROR)
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:  # a wrong token is a ConnectionError too
+            raise ConfigError(
+                f"no Ray cluster at {address} (site.ray_address or RAY_ADDRESS) lets this job in: there is none, or it "
+                "wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to what "
+                "`ray get-auth-token` prints on its head"
+            ) from error
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there, which exits with 15
+
+
+def told_by(error: ray.exceptions.RayError) -> ConfigError | TransientError | None:
+    """What a task or actor raised for a person: of an error's causes Ray Data hands on nothing but their text."""
+    for kind in (ConfigError, TransientError):
+        found = re.search(rf"^{kind.__module__}\.{kind.__name__}: (.+)$", str(error), re.MULTILINE)
+        if found:
+            return kind(found[1])
+    return None

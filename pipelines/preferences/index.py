@@ -1,0 +1,82 @@
+"""The index of prompts: what each part of the corpus asks, kept beside the dataset so that later runs need not read it
+again to know which prompts came before."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from actors.contract import ConfigError
+from pipelines.corpus.parquet import Watched, first_line, is_damage
+from pipelines.corpus.shards import Listed
+from pipelines.corpus.storage import Storage
+from pipelines.preferences.filters import exact_duplicates, near_duplicates, prompt_keys, prompt_texts, signatures
+from pipelines.preferences.ranked import Bools
+from pipelines.preferences.settings import PromptsConfig
+from pipelines.preferences.source import PublishedCorpus
+
+ROWS_AT_ONCE = 1 << 14
+FOLDER = "prompts"
+
+
+def index_name(listed: Listed, dedup: str) -> str:
+    """Names what is indexed, by the part's checksum, and how."""
+    return f"{listed.path.replace('/', '+').removesuffix('.parquet')}-{listed.tag[:12]}.{dedup}.parquet"
+
+
+def missing(output: Storage, listing: list[Listed], dedup: str) -> list[Listed]:
+    """Parts that are not indexed yet."""
+    there = output.sizes(FOLDER)
+    return [listed for listed in listing if index_name(listed, dedup) not in there]
+
+
+def write_index(source: PublishedCorpus, output: Storage, listed: Listed, dedup: str) -> pa.Table:
+    """Index a part: `key` (uint64) of each prompt, and for `near` its `signature`. Returns one row: rows."""
+    num_rows = 0
+
+    def write(path: Path) -> None:
+        nonlocal num_rows
+        writer: pq.ParquetWriter | None = None
+        for texts in _texts(source, listed):
+            columns = {"key": pa.array(prompt_keys(texts))}
+            if dedup == "near":
+                columns["signature"] = signatures(texts)
+            table = pa.table(columns)
+            writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd", write_page_checksum=True)
+            writer.write_table(table)
+            num_rows += table.num_rows
+        if writer is None:
+            raise ValueError(f"{listed.path} is published and has no rows")
+        writer.close()
+
+    output.create_file(f"{FOLDER}/{index_name(listed, dedup)}", write)
+    return pa.table({"rows": [num_rows]})
+
+
+def _texts(source: PublishedCorpus, listed: Listed) -> Iterator[pa.Array]:
+    """The texts of a part's prompts, some at a time. Raises ConfigError where the part is damaged."""
+    with source.open(listed) as raw:
+        file = Watched(raw)
+        try:
+            found = pq.ParquetFile(pa.PythonFile(file, mode="r"), page_checksum_verification=True)
+            for batch in found.iter_batches(ROWS_AT_ONCE, columns=["prompt"]):
+                yield prompt_texts(batch["prompt"])
+        except Exception as error:
+            if file.error is not None or not is_damage(error):
+                raise
+            raise ConfigError(f"{listed.path} is damaged ({first_line(error)}); restore it and run again") from error
+
+
+def duplicates(output: Storage, listing: list[Listed], prompts: PromptsConfig) -> dict[str, Bools]:
+    """Of each part, by its path, which prompts are not the first of the corpus that ask the same."""
+    column = "signature" if prompts.dedup == "near" else "key"
+
+    def read(listed: Listed) -> pa.Table:
+        with output.fs.open(output.path(f"{FOLDER}/{index_name(listed, prompts.dedup)}")) as file:
+            return pq.read_table(file, columns=[column])
+
+    parts = map(read, listing)
+    found = near_duplicates(parts, prompts.overlap) if prompts.dedup == "near" else exact_duplicates(parts)
+    return {listed.path: np.asarray(each) for listed, each in zip(listing, found, strict=True)}

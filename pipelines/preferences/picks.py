@@ -1,0 +1,181 @@
+"""What the strategies share: candidates end to end, which pairs of them may be used, and the columns of a pair."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.preferences.arrow import whole
+from pipelines.preferences.ranked import Bools, Floats, Ints, lengths
+from pipelines.preferences.settings import BuildConfig
+
+
+class Made(NamedTuple):
+    """What a strategy makes of a `ranked` table.
+
+    Attributes:
+        columns: its own columns by name; prompt, split and the like are added to every strategy's alike.
+        row: int64[k], ascending: the row of `ranked` that each of the k rows comes from.
+        causes: of each row of `ranked`: why nothing comes from it; "" where something does. Object array of str.
+        chosen_tokens, rejected_tokens: int64[k], how long the two sides are; None where a row has no two sides.
+    """
+
+    columns: dict[str, pa.Array]
+    row: Ints
+    causes: npt.NDArray[np.object_]
+    chosen_tokens: Ints | None = None
+    rejected_tokens: Ints | None = None
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The m candidates of n rows of `ranked`, end to end, best first within each row.
+
+    Attributes:
+        values: struct array of m, as `schema.CANDIDATE`.
+        first: int64[n + 1], where each row begins.
+        row: int64[m].
+        reward: float64[m]; NaN where there is none.
+        length: int64[m], tokens; characters in rows where they were not counted (see `lengths`).
+        prompt_ids: string array of n.
+    """
+
+    values: pa.StructArray
+    first: Ints
+    row: Ints
+    reward: Floats
+    length: Ints
+    prompt_ids: pa.Array
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.first) - 1
+
+    @property
+    def is_aligned(self) -> Bools:
+        return np.asarray(pc.equal(self.values.field("kind"), "aligned"))
+
+    @property
+    def has_rewards(self) -> bool:
+        return bool(self.values.field("reward").null_count < len(self.values))
+
+    def take(self, name: str, places: Ints) -> pa.Array:
+        """A field of the candidates at these places."""
+        return self.values.field(name).take(pa.array(places))
+
+
+def candidates(ranked: pa.Table, *, distinct: bool = False) -> Candidates:
+    """The candidates of `ranked`; `distinct`: of several with one text (see `normal`) only the best of each row."""
+    lists = whole(ranked["candidates"])
+    values, counts = lists.flatten(), np.asarray(lists.value_lengths(), np.int64)
+    row = np.repeat(np.arange(len(counts)), counts)
+    if distinct:
+        keys = pd.util.hash_array(
+            np.asarray(normal(values.field("text")).to_numpy(zero_copy_only=False), object), categorize=False
+        )
+        is_first = ~pd.DataFrame({"row": row, "key": keys}).duplicated().to_numpy()
+        values, row = values.filter(pa.array(is_first)), row[is_first]
+    return Candidates(
+        values=values,
+        first=np.searchsorted(row, np.arange(len(counts) + 1)),
+        row=row,
+        reward=np.asarray(values.field("reward").to_numpy(zero_copy_only=False), np.float64),
+        length=lengths(values.field("num_tokens"), values.field("text"), row),
+        prompt_ids=whole(ranked["prompt_id"]),
+    )
+
+
+def normal(texts: pa.Array) -> pa.Array:
+    """Texts with every run of white space as one space. Case stays: to mend it is to better an answer."""
+    return pc.binary_join(pc.utf8_split_whitespace(pc.utf8_trim_whitespace(texts)), " ")
+
+
+# --- pairs ----------------------------------------------------------------------------------------------------------
+
+
+def preferred(found: Candidates, build: BuildConfig) -> tuple[Ints, Ints]:
+    """A (chosen, rejected) pair of each row that has one, by `build.prefer`: two int64[k] of places."""
+    if build.prefer == "aligned":
+        return best_aligned(found)
+    counts = np.diff(found.first)
+    row = np.flatnonzero(counts > 1)
+    best, others = found.first[row], counts[row] - 1
+    if build.prefer == "best_worst":
+        return best, best + others
+    draws = seeded(found.prompt_ids.take(pa.array(row)), build.seed) % others.astype(np.uint64)
+    return best, best + 1 + draws.astype(np.int64)
+
+
+def best_aligned(found: Candidates) -> tuple[Ints, Ints]:
+    """Of each row the best aligned text whose response is a candidate too, and that response."""
+    number = np.asarray(found.values.field("candidate"), np.int64)
+    key = found.row * (number.max(initial=0) + 1) + number
+    aligned, responses = np.flatnonzero(found.is_aligned), np.flatnonzero(~found.is_aligned)
+    responses = responses[np.argsort(key[responses])]
+    at = np.searchsorted(key[responses], key[aligned])
+    has_both = np.isin(key[aligned], key[responses])
+    chosen, rejected = aligned[has_both], responses[at[has_both]]
+    _, once = np.unique(found.row[chosen], return_index=True)
+    return chosen[once], rejected[once]
+
+
+def seeded(texts: pa.Array, seed: int) -> npt.NDArray[np.uint64]:
+    """A hash of each text (SipHash keyed by the seed): the same whatever the text stands with."""
+    values = np.asarray(texts.to_numpy(zero_copy_only=False), object)
+    return pd.util.hash_array(values, hash_key=f"{seed:016d}"[-16:], categorize=False)
+
+
+def sift(found: Candidates, chosen: Ints, rejected: Ints, build: BuildConfig) -> tuple[Bools, npt.NDArray[np.object_]]:
+    """Which of k pairs, in row order, may be used (bool[k]), and why a row has none (object[n], "" where it has)."""
+    refused = np.full(len(chosen), "", object)
+    longer, shorter = (side(found.length[chosen], found.length[rejected]) for side in (np.maximum, np.minimum))
+    if build.max_length_ratio is not None:
+        refused[longer > build.max_length_ratio * np.maximum(shorter, 1)] = "length_ratio"
+    margin = found.reward[chosen] - found.reward[rejected]
+    refused[margin < build.min_margin] = "small_margin"
+    refused[margin < 0] = "aligned_lost"
+    refused[margin == 0] = "tie"
+    one, other = (normal(found.take("text", side)) for side in (chosen, rejected))
+    refused[np.asarray(pc.equal(one, other))] = "same_text"
+    causes = why_none(found, found.row[chosen], refused)
+    return refused == "", causes
+
+
+def why_none(found: Candidates, row: Ints, refused: npt.NDArray[np.object_]) -> npt.NDArray[np.object_]:
+    """Of each row the first of its refusals, `one_candidate` where nothing could be compared, "" where one is used."""
+    causes = np.full(found.num_rows, "one_candidate", object)
+    rows, once = np.unique(row, return_index=True)
+    causes[rows] = refused[once]
+    causes[row[refused == ""]] = ""
+    return causes
+
+
+def pair_columns(found: Candidates, chosen: Ints, rejected: Ints) -> dict[str, pa.Array]:
+    """The columns of pairs: texts, rewards, margin, models, kinds, and a weight of 1."""
+    columns = texts(found, chosen=chosen, rejected=rejected)
+    columns |= rewards(found, chosen_reward=chosen, rejected_reward=rejected)
+    columns["margin"] = pc.subtract(columns["chosen_reward"], columns["rejected_reward"])
+    for name in ("model", "kind"):
+        columns |= {f"chosen_{name}": found.take(name, chosen), f"rejected_{name}": found.take(name, rejected)}
+    return columns | {"weight": pa.array(np.ones(len(chosen)))}
+
+
+def texts(found: Candidates, **places: Ints) -> dict[str, pa.Array]:
+    """Texts of the candidates at these places, by column."""
+    return {name: found.take("text", each) for name, each in places.items()}
+
+
+def rewards(found: Candidates, **places: Ints) -> dict[str, pa.Array]:
+    """Rewards of the candidates at these places, by column; null without a reward."""
+    return {name: found.take("reward", each) for name, each in places.items()}
+
+
+def listed(found: Candidates, places: Ints, row: Ints, *names: str) -> dict[str, pa.Array]:
+    """Fields of candidates as a list for each of the rows `row` (ascending), by the field's name."""
+    first = np.searchsorted(found.row[places], [*row, found.num_rows]) if len(places) else np.zeros(len(row) + 1)
+    offsets = pa.array(np.asarray(first, np.int32))
+    return {name: pa.ListArray.from_arrays(offsets, found.take(name, places)) for name in names}

@@ -1,0 +1,81 @@
+"""What the job prints besides its progress: the dry run's plan, parts that cannot be read, and the summary."""
+
+import sys
+from typing import Any
+
+from pipelines.corpus.plan import Plan
+from pipelines.corpus.publish import Published
+from pipelines.corpus.state import manifests
+from pipelines.corpus.storage import Storage
+from pipelines.preferences import checks
+from pipelines.preferences.build import output_columns
+from pipelines.preferences.settings import BuildPreferencesConfig
+
+
+def say(text: str) -> None:
+    """A line for the person, apart from what the job prints as its result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_bad_shards(plan: Plan) -> None:
+    for shard in plan.bad_shards:
+        say(f"error: {shard.path}: {shard.reason}")
+    say("error: nothing was done: these parts of the corpus cannot be read as the others can")
+
+
+def print_dry_run(config: BuildPreferencesConfig, plan: Plan) -> None:
+    """What a run would do."""
+    print(f"parts: {plan.num_shards} published, {plan.num_finished} of them done")
+    print(f"to build: {plan.num_rows} prompts in {plan.num_units} units; {plan.num_done_rows} done in the other parts")
+    print(f"columns: {', '.join(output_columns(config, plan.kept_types))}")
+
+
+def print_summary(output: Storage, published: Published) -> None:
+    """Counts in, dropped by reason, rows out and checked facts of what is new, and where the dataset is."""
+    if published.withheld:
+        say(f"error: {published.withheld}")
+        return
+    found = manifests(output)
+    partitions = "1 partition" if len(found) == 1 else f"{len(found)} partitions"
+    where = f"{output.url}/{output.partitions} ({sum(each['num_made'] for each in found)} rows in {partitions})"
+    new = [manifest for manifest in found if manifest["number"] in published.partitions]
+    if not new:
+        print(f"nothing new: {where}")
+        return
+    for manifest in new:
+        print(
+            f"published: run={manifest['number']:06d}: {manifest['num_rows']} prompts in = {manifest['num_ok']} used + "
+            f"{manifest['num_quarantined']} dropped{_listed(manifest['causes'])}; {manifest['num_made']} rows out"
+            f"{_listed(manifest['made'])}"
+        )
+        print(f"candidates: {manifest['num_candidates']} used{_listed(manifest['unused'], 'not used: ')}")
+    for line in _facts(checks.report(checks.summed(manifest["checks"] for manifest in new))):
+        print(line)
+    print(f"dataset: {where}")
+
+
+def _listed(counts: dict[str, int], before: str = "") -> str:
+    told = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    return f" ({before}{told})" if told else ""
+
+
+def _facts(told: dict[str, Any]) -> list[str]:
+    lines = []
+    if "mean_chosen_minus_rejected_tokens" in told:
+        lines.append(
+            f"length: chosen is {told['mean_chosen_minus_rejected_tokens']:+.1f} tokens longer on average, longer in "
+            f"{told['share_chosen_longer']:.1%} of pairs"
+        )
+    if "reward_length_correlation" in told:
+        lines.append(
+            f"length: correlation with the reward {told['reward_length_correlation']:+.3f}, slope "
+            f"{told['reward_length_slope']:.4g} per token (build.length_slope takes it out)"
+        )
+    if "reward_before" in told:
+        low, high = told["reward_gain_95"]
+        lines.append(
+            f"reward: {told['reward_before']:.4g} before -> {told['reward_after']:.4g} after aligning, "
+            f"{told['reward_gain']:+.4g} (95%: {low:+.4g} to {high:+.4g}); the aligned answer lost "
+            f"{told['share_aligned_lost']:.1%} of comparisons and tied {told['share_aligned_tied']:.1%}"
+        )
+    return lines

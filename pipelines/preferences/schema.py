@@ -1,0 +1,96 @@
+"""The columns of `ranked`, the one intermediate table, and of what each strategy makes of it. Field names are API."""
+
+import pyarrow as pa
+
+from actors.contract import PROMPT
+
+VERSION = 1
+"""Part of every run's fingerprint; raised when a field's meaning changes."""
+
+CANDIDATE = pa.struct(
+    [
+        pa.field("text", pa.string(), False),  # never empty or white space
+        pa.field("kind", pa.string(), False),  # response | aligned
+        pa.field("candidate", pa.int32(), False),  # index in the corpus row's `responses`, and so in its `aligned`
+        pa.field("model", pa.string(), False),  # that made the text: a policy, or the aligner
+        pa.field("policy", pa.string(), False),  # that made the response: itself, or what was aligned
+        pa.field("finish_reason", pa.string()),  # null where the text was stored
+        pa.field("num_tokens", pa.int32()),  # null where the text was stored
+        pa.field("reward", pa.float64()),  # the chosen reward or weighted sum, less its length's part; null without one
+        pa.field("rank", pa.int32(), False),  # 1 = best; equal rewards share a rank ("1224")
+    ]
+)
+
+PROMPT_ID = pa.field("prompt_id", pa.string(), False)
+CHAT = pa.field("prompt", PROMPT, False)
+SPLIT = pa.field("split", pa.string(), False)  # train | validation | test
+PARTITION = pa.field("partition", pa.int32(), False)  # the corpus's run= number
+
+RANKED = pa.schema(
+    [
+        PROMPT_ID,
+        CHAT,
+        PARTITION,
+        pa.field("candidates", pa.list_(pa.field("element", CANDIDATE, False)), False),  # usable ones, best first
+    ]
+)
+"""One row per prompt; a prompt of which no candidate is usable has an empty list. Kept columns follow."""
+
+
+def _texts(*names: str) -> list[pa.Field]:
+    return [pa.field(name, pa.string(), False) for name in names]
+
+
+def _rewards(*names: str) -> list[pa.Field]:
+    """Null where the dataset is built without a reward."""
+    return [pa.field(name, pa.float64()) for name in names]
+
+
+def _list(name: str, item: pa.DataType) -> pa.Field:
+    return pa.field(name, pa.list_(pa.field("element", item, False)), False)
+
+
+WEIGHT = pa.field("weight", pa.float64(), False)  # 1.0 unless weighted by semantic similarity
+_PAIR = [
+    *_texts("chosen", "rejected"),
+    *_rewards("chosen_reward", "rejected_reward", "margin"),
+    *_texts("chosen_model", "rejected_model", "chosen_kind", "rejected_kind"),
+]
+_COLUMNS = {
+    "pairs": [*_PAIR, WEIGHT],
+    "unpaired": [
+        *_texts("completion"),
+        pa.field("label", pa.bool_(), False),
+        pa.field("reward", pa.float64(), False),
+        *_texts("model", "kind"),
+    ],
+    "ranked": [
+        _list("completions", pa.string()),
+        _list("rewards", pa.float64()),
+        _list("ranks", pa.int32()),
+        _list("models", pa.string()),
+        _list("kinds", pa.string()),
+    ],
+    "curriculum": [*_PAIR, WEIGHT, pa.field("phase", pa.int32(), False)],  # 1 = easiest: the largest margin
+    "triple": [*_texts("best", "chosen", "rejected"), *_rewards("best_reward", "chosen_reward", "rejected_reward")],
+    "steps": [
+        *_texts("prefix", "chosen", "rejected", "full_chosen", "full_rejected"),
+        *_rewards("chosen_reward", "rejected_reward", "margin"),
+    ],
+    "refinement": [*_texts("response", "improved"), *_rewards("response_reward", "improved_reward")],
+    "trajectory": [_list("states", pa.string()), _list("rewards", pa.float64()), _list("models", pa.string())],
+}
+
+STRATEGIES = {name: pa.schema([PROMPT_ID, CHAT, *columns, SPLIT, PARTITION]) for name, columns in _COLUMNS.items()}
+"""What each strategy makes, by its name. Texts are plain strings, the prompt stays a list of messages. Kept columns
+of the corpus follow."""
+
+DROPPED = pa.schema(
+    [
+        PROMPT_ID,
+        pa.field("shard", pa.string(), False),  # the corpus's part, below the corpus's root
+        pa.field("row", pa.int64(), False),  # of that part, counted from 0
+        pa.field("cause", pa.string(), False),
+    ]
+)
+"""One row per prompt of the corpus from which nothing was made."""

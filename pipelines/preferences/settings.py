@@ -1,0 +1,213 @@
+"""Every key of the build_preferences job."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from actors.contract import ConfigError, option, section
+from pipelines.corpus.publish import OutputConfig
+from pipelines.preferences import schema
+from pipelines.preferences.exporters import EXPORTERS
+from pipelines.settings import SiteConfig
+
+Strategy = Literal["pairs", "unpaired", "ranked", "curriculum", "triple", "steps", "refinement", "trajectory"]
+WITHOUT_REWARD = ("pairs", "steps", "refinement")
+"""Strategies that can go by what was aligned instead of by a reward."""
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """The corpus that the preferences are built from."""
+
+    path: str = option("???", "output root of align_corpus or score_corpus; only published partitions are read")
+    keep_columns: list[str] = option([], "columns of the corpus carried along unchanged", changes_rows=True)
+
+    def __post_init__(self) -> None:
+        made = {name for columns in schema.STRATEGIES.values() for name in columns.names}
+        taken = sorted(set(self.keep_columns) & {*made, *schema.RANKED.names, *schema.CANDIDATE.names})
+        if taken:
+            raise ConfigError(f"keep_columns may not name {', '.join(taken)}: that name has a meaning of its own here")
+        if len(set(self.keep_columns)) < len(self.keep_columns):
+            raise ConfigError("keep_columns names a column twice")
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What is made of a prompt's candidates."""
+
+    strategy: Strategy = option("pairs", "what is made of a prompt", changes_rows=True)
+    prefer: Literal["aligned", "best_worst", "best_random"] = option(
+        "aligned",
+        "`pairs`, `steps`: the best aligned answer over its response, or the best of all candidates over the worst or "
+        "over a random one",
+        changes_rows=True,
+    )
+    reward: str | None = option(
+        None,
+        "reward of the corpus that ranks the candidates; null: none, and what was aligned counts as better",
+        changes_rows=True,
+    )
+    reward_weights: dict[str, float] = option(
+        {}, "in place of `reward`: rewards by name, with the weight of each in their sum", changes_rows=True
+    )
+    candidates: Literal["all", "response", "aligned"] = option(
+        "all", "which of the policies' responses and their aligned texts are candidates", changes_rows=True
+    )
+    require_finish: list[str] = option(
+        ["stop"],
+        "finish reasons of usable candidates; stored texts, which have none, count as stop; empty: any",
+        changes_rows=True,
+    )
+    models: list[str] = option([], "policies whose candidates are used; empty: all", changes_rows=True)
+    exclude_models: list[str] = option([], "policies whose candidates are not used", changes_rows=True)
+    single_policy: bool = option(
+        False, "of each prompt use only candidates of one policy: that of the best one", changes_rows=True
+    )
+    min_margin: float = option(
+        0.0, "least difference of rewards between chosen and rejected; ties are never used", changes_rows=True
+    )
+    max_length_ratio: float | None = option(
+        None,
+        "most that the longer side may have of the shorter's tokens (characters where one is stored)",
+        changes_rows=True,
+    )
+    length_slope: float = option(
+        0.0,
+        "reward taken away per token (character where one is stored): with the slope that the report tells, what is "
+        "left is the reward that length does not explain",
+        changes_rows=True,
+    )
+    threshold: float | None = option(
+        None, "`unpaired`: reward from which on an answer is desirable; null: the mean of its prompt", changes_rows=True
+    )
+    num_phases: int = option(3, "`curriculum`: most pairs of a prompt", changes_rows=True)
+    semantic_encoder: str | None = option(
+        None, "`pairs`, `curriculum`: folder of a sentence encoder that weights pairs; null: all weigh 1"
+    )
+    semantic_alpha: float = option(
+        1.0, "the weight is exp(-alpha * (1 - cosine of prompt and chosen))", changes_rows=True
+    )
+    seed: int = option(0, "of random rejected answers, splits and bootstrap intervals", changes_rows=True)
+
+    def __post_init__(self) -> None:
+        if self.reward is not None and self.reward_weights:
+            raise ConfigError("reward and reward_weights exclude each other: name one reward, or weights of several")
+        if self.needs_reward and not self.weights:
+            raise ConfigError(
+                f"reward: strategy={self.strategy}{f' with prefer={self.prefer}' if self.strategy == 'pairs' else ''} "
+                f"ranks candidates by a reward of the corpus: name it; without one there are prefer=aligned of "
+                f"{', '.join(WITHOUT_REWARD)}"
+            )
+        if not self.weights and (self.min_margin or self.length_slope):
+            raise ConfigError("min_margin and length_slope have no effect without a reward")
+        if self.candidates != "all" and (self.strategy == "refinement" or self.prefers_aligned):
+            raise ConfigError(
+                f"candidates={self.candidates} leaves nothing to compare: what is aligned is compared with responses"
+            )
+        if self.min_margin < 0:
+            raise ConfigError(f"min_margin must be 0 or more, got {self.min_margin}")
+        if self.max_length_ratio is not None and self.max_length_ratio < 1:
+            raise ConfigError(f"max_length_ratio must be 1 or more, got {self.max_length_ratio}")
+        if self.num_phases < 1:
+            raise ConfigError(f"num_phases must be 1 or more, got {self.num_phases}")
+        if self.semantic_encoder is not None and self.strategy not in ("pairs", "curriculum"):
+            raise ConfigError(f"semantic_encoder weights pairs; strategy={self.strategy} has no weight")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Rewards that count, with the weight of each in their sum; {} where there is none."""
+        return {self.reward: 1.0} if self.reward is not None else self.reward_weights
+
+    @property
+    def prefers_aligned(self) -> bool:
+        return self.strategy in ("pairs", "steps") and self.prefer == "aligned"
+
+    @property
+    def needs_reward(self) -> bool:
+        return not (self.strategy == "refinement" or self.prefers_aligned)
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """Which prompts are used, and in which split."""
+
+    dedup: Literal["none", "exact", "near"] = option(
+        "exact",
+        "of prompts that are the same but for case and white space (near: or whose word triples overlap by `overlap`) "
+        "only the first of the corpus is used",
+        changes_rows=True,
+    )
+    overlap: float = option(
+        0.8, "`near`: Jaccard similarity of word triples from which on prompts count as the same", changes_rows=True
+    )
+    decontaminate: list[str] = option(
+        [],
+        "benchmark files (.parquet, .jsonl, .json, .txt) that every node can read: prompts that share `ngram` words in "
+        "a row with a text in them are dropped",
+    )
+    ngram: int = option(13, "words in a row that count as contamination", changes_rows=True)
+    test_fraction: float = option(0.0, "share of prompts in split `test`, by a hash of their text", changes_rows=True)
+    validation_fraction: float = option(0.0, "share of prompts in split `validation`, likewise", changes_rows=True)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.overlap <= 1:
+            raise ConfigError(f"overlap must be above 0 and at most 1, got {self.overlap}")
+        if self.ngram < 1:
+            raise ConfigError(f"ngram must be 1 or more, got {self.ngram}")
+        for name in ("test_fraction", "validation_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.test_fraction + self.validation_fraction >= 1:
+            raise ConfigError("test_fraction and validation_fraction leave nothing for split `train`")
+
+
+@dataclass(frozen=True)
+class DatasetConfig(OutputConfig):
+    """Where the dataset goes and how it is cut."""
+
+    title: str = option("Preference dataset", "title of the dataset card")
+    jsonl: bool = option(False, "write each part as JSON lines too")
+
+
+@dataclass(frozen=True)
+class BuildRunConfig:
+    """How the job goes about it."""
+
+    unit_rows: int = option(8192, "most prompts of a unit: what is built and committed at once; 32 MiB at most")
+    num_workers: int = option(0, "units built at the same time, a CPU each; 0: as many as the cluster has CPUs")
+    accept_changes: bool = option(False, "apply a changed config to new partitions; go on with a corpus that was moved")
+    lease_ttl_s: float = option(30.0, "seconds of silence after which another job on the same root counts as dead")
+
+    def __post_init__(self) -> None:
+        for name in ("unit_rows", "lease_ttl_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be more than 0, got {getattr(self, name)}")
+        if self.num_workers < 0:
+            raise ConfigError(f"num_workers must be 0 or more, got {self.num_workers}")
+
+
+@dataclass(frozen=True)
+class BuildPreferencesConfig:
+    """The build_preferences job."""
+
+    input: CorpusConfig = section(CorpusConfig, "where the corpus is")
+    output: DatasetConfig = section(DatasetConfig, "where the dataset goes")
+    build: BuildConfig = section(BuildConfig, "what is made of a prompt's candidates")
+    prompts: PromptsConfig = section(PromptsConfig, "which prompts are used, and in which split")
+    export: str | None = option(
+        None, f"format of a trainer: {', '.join(sorted(EXPORTERS))}; null: the strategy's own columns",
+        changes_rows=True,
+    )  # fmt: skip
+    run: BuildRunConfig = section(BuildRunConfig, "how the job goes about it")
+    site: SiteConfig = section(SiteConfig, "where the job runs")
+
+    def __post_init__(self) -> None:
+        if self.export is None:
+            return
+        if self.export not in EXPORTERS:
+            raise ConfigError(f"export={self.export} is unknown; there are: {', '.join(sorted(EXPORTERS))}")
+        fitting = EXPORTERS[self.export].strategies
+        if self.build.strategy not in fitting:
+            raise ConfigError(
+                f"export={self.export} takes {' or '.join(sorted(fitting))}, and build.strategy is "
+                f"{self.build.strategy}"
+            )

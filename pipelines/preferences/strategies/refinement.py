@@ -1,0 +1,17 @@
+"""An answer and its improvement: the response and what was aligned from it."""
+
+import pyarrow as pa
+
+from pipelines.preferences.picks import Made, best_aligned, candidates, rewards, sift, texts
+from pipelines.preferences.settings import BuildConfig
+
+
+def refinement(ranked: pa.Table, build: BuildConfig) -> Made:
+    """(prompt, response, improved), for training that improves a given answer, as SRPO's (arXiv:2406.01660)."""
+    found = candidates(ranked)
+    improved, response = best_aligned(found)
+    kept, causes = sift(found, improved, response, build)
+    improved, response = improved[kept], response[kept]
+    columns = texts(found, response=response, improved=improved)
+    columns |= rewards(found, response_reward=response, improved_reward=improved)
+    return Made(columns, found.row[improved], causes, found.length[improved], found.length[response])

@@ -1,0 +1,38 @@
+"""Where two answers part: what they have in common, and the sentence with which each goes on."""
+
+import re
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.preferences.picks import Made, candidates, preferred, rewards, sift, texts
+from pipelines.preferences.settings import BuildConfig
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+
+
+def steps(ranked: pa.Table, build: BuildConfig) -> Made:
+    """The pair of `pairs`, cut at the first sentence that differs, for Step-DPO (arXiv:2406.18629). `prefix` and
+    `chosen` together begin `full_chosen`; a pair of which only one answer goes on is dropped (`no_step`)."""
+    found = candidates(ranked)
+    chosen, rejected = preferred(found, build)
+    kept, causes = sift(found, chosen, rejected, build)
+    full = texts(found, chosen=chosen[kept], rejected=rejected[kept])
+    parted = [part(one, other) for one, other in zip(*(side.to_pylist() for side in full.values()), strict=True)]
+    goes_on = np.array([all(step.strip() for step in steps) for _, *steps in parted], bool)
+    causes[found.row[chosen[kept][~goes_on]]] = "no_step"
+    chosen, rejected = chosen[kept][goes_on], rejected[kept][goes_on]
+    cut = pa.array(parted, pa.list_(pa.string(), 3)).filter(pa.array(goes_on)).flatten()
+    columns = {name: cut[i::3] for i, name in enumerate(("prefix", "chosen", "rejected"))}
+    columns |= texts(found, full_chosen=chosen, full_rejected=rejected)
+    columns |= rewards(found, chosen_reward=chosen, rejected_reward=rejected)
+    columns["margin"] = pa.array(found.reward[chosen] - found.reward[rejected], from_pandas=True)
+    return Made(columns, found.row[chosen], causes, found.length[chosen], found.length[rejected])
+
+
+def part(one: str, other: str) -> tuple[str, str, str]:
+    """The sentences that both begin with, as `one` writes them, and the next of each; "" where there is none."""
+    mine, others = (_SENTENCE_END.sub(lambda end: f"{end[0]}\0", text).split("\0") for text in (one, other))
+    both = list(zip(mine, others, strict=False))
+    same = next((at for at, (a, b) in enumerate(both) if a.strip() != b.strip()), len(both))
+    return "".join(mine[:same]), "".join(mine[same : same + 1]), "".join(others[same : same + 1])

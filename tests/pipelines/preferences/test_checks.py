@@ -1,0 +1,149 @@
+"""The checked facts: every rule finds what breaks it, and sums of units say what the whole would."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines.preferences import checks, schema
+from pipelines.preferences.picks import candidates
+from pipelines.preferences.ranked import rank
+from pipelines.preferences.settings import BuildConfig
+from pipelines.preferences.strategies import STRATEGIES
+from tests.pipelines.preferences.fabricate import Row, candidate, row, table
+
+NOTHING = dict.fromkeys(checks.BROKEN, 0)
+WELL: dict[str, dict[str, Any]] = {
+    "pairs": {"chosen": "a", "rejected": "b", "chosen_reward": 2.0, "rejected_reward": 1.0, "margin": 1.0},
+    "unpaired": {"completion": "a", "label": True, "reward": 1.0},
+    "ranked": {"completions": ["a", "b"], "rewards": [2.0, 1.0]},
+    "triple": {
+        "best": "a", "chosen": "b", "rejected": "c", "best_reward": 3.0, "chosen_reward": 2.0, "rejected_reward": 1.0
+    },
+    "steps": {"prefix": "", "chosen": "a", "rejected": "b", "full_chosen": "a", "full_rejected": "b"},
+    "refinement": {"response": "b", "improved": "a", "response_reward": 1.0, "improved_reward": 2.0},
+    "trajectory": {"states": ["b", "a"], "rewards": [1.0, 2.0]},
+}  # fmt: skip
+
+
+def broken(strategy: str, **changes: Any) -> dict[str, int]:
+    """What one well row of a strategy and one with these changes break."""
+    rows = [{**WELL[strategy], **more} for more in ({}, changes)]
+    kept = [field for field in schema.STRATEGIES[strategy] if field.name in rows[0]]
+    return checks.violations(strategy, pa.Table.from_pylist(rows, schema=pa.schema(kept)))
+
+
+@pytest.mark.parametrize("strategy", WELL)
+def test_well_rows_break_nothing(strategy: str) -> None:
+    assert broken(strategy) == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes", "rule"),
+    [
+        ("pairs", {"chosen": " \n"}, "empty_side"),
+        ("pairs", {"rejected": " a"}, "equal_pair"),
+        ("pairs", {"chosen_reward": math.nan}, "non_finite_reward"),
+        ("pairs", {"margin": math.inf}, "non_finite_reward"),
+        ("pairs", {"chosen_reward": 0.5}, "wrong_order"),
+        ("unpaired", {"completion": ""}, "empty_side"),
+        ("unpaired", {"reward": -math.inf}, "non_finite_reward"),
+        ("ranked", {"completions": ["a", ""]}, "empty_side"),
+        ("ranked", {"rewards": [1.0, 2.0]}, "wrong_order"),
+        ("triple", {"best": "c"}, "equal_pair"),
+        ("triple", {"best_reward": 1.5}, "wrong_order"),
+        ("steps", {"chosen": "b"}, "equal_pair"),
+        ("steps", {"full_rejected": "a"}, "equal_pair"),
+        ("refinement", {"improved_reward": 0.0}, "wrong_order"),
+        ("trajectory", {"rewards": [2.0, 1.0]}, "wrong_order"),
+        ("trajectory", {"states": ["", "a"]}, "empty_side"),
+    ],
+)
+def test_a_row_that_breaks_a_rule_is_counted_under_it(strategy: str, changes: dict[str, Any], rule: str) -> None:
+    assert broken(strategy, **changes) == {**NOTHING, rule: 1}
+
+
+def facts(rows: list[Row], unit: str = "unit", **options: Any) -> dict[str, Any]:
+    build = BuildConfig(**{"reward": "q", **options})
+    ranked = rank(table(rows), 1, build, []).table
+    made = STRATEGIES[build.strategy](ranked, build)
+    common = {"prompt_id": ranked["prompt_id"].take(pa.array(made.row))}
+    dataset = pa.table({**common, **made.columns})
+    return checks.facts(build.strategy, dataset, candidates(ranked), made, unit, build.seed)
+
+
+def rows(count: int = 60) -> list[Row]:
+    """Prompts whose aligned texts are one better on average, and one word longer."""
+    rng = np.random.default_rng(5)
+    made = []
+    for number in range(count):
+        before, gain = float(rng.normal()), float(rng.normal(1.0))
+        made.append(
+            row(f"p{number}", ["a " * (number % 7 + 1)], ["b " * (number % 7 + 2)], q=([before], [before + gain]))
+        )
+    return made
+
+
+def test_the_report_says_what_a_plain_computation_says() -> None:
+    some = rows()
+    before = np.array([each["rewards"][0]["response"][0] for each in some])
+    after = np.array([each["rewards"][0]["aligned"][0] for each in some])
+    told = checks.report(checks.summed([facts(some)]))
+    assert told["reward_before"] == pytest.approx(before.mean())
+    assert told["reward_after"] == pytest.approx(after.mean())
+    assert told["reward_gain"] == pytest.approx((after - before).mean())
+    assert told["share_aligned_lost"] == pytest.approx((after < before).mean())
+    error = (after - before).std() / math.sqrt(len(some))
+    assert told["reward_gain_95"] == pytest.approx(
+        [told["reward_gain"] - 1.96 * error, told["reward_gain"] + 1.96 * error], abs=0.5 * error
+    )
+    words = np.concatenate([[number % 7 + 1 for number in range(60)], [number % 7 + 2 for number in range(60)]])
+    rewards = np.concatenate([before, after])
+    assert told["reward_length_correlation"] == pytest.approx(np.corrcoef(words, rewards)[0, 1])
+    assert told["reward_length_slope"] == pytest.approx(np.polyfit(words, rewards, 1)[0])
+    assert told["num_pairs"] == (after > before).sum()
+    assert told["mean_chosen_minus_rejected_tokens"] == 1
+    assert told["share_chosen_longer"] == 1
+
+
+def test_units_add_up_to_the_whole() -> None:
+    some = rows()
+    whole = checks.report(checks.summed([facts(some, "a")]))
+    parts = checks.report(checks.summed([facts(some[:17], "b"), facts(some[17:], "c")]))
+    resampled = {"reward_gain_95"}
+    assert {name: parts[name] for name in parts.keys() - resampled} == {
+        name: pytest.approx(whole[name]) for name in whole.keys() - resampled
+    }
+    assert parts["reward_gain_95"] == pytest.approx(whole["reward_gain_95"], abs=0.2)
+
+
+def test_the_interval_goes_by_the_seed() -> None:
+    def interval(**options: Any) -> Any:
+        return checks.report(checks.summed([facts(rows(), **options)]))["reward_gain_95"]
+
+    assert interval() == interval()
+    assert interval(seed=1) != interval()
+
+
+def test_which_pairs_a_response_won_is_told_where_that_can_be() -> None:
+    some = [row("p", ["a"], ["b"], q=([2], [1])), row("q", ["a"], ["b"], q=([1], [2]))]
+    told = checks.report(checks.summed([facts(some, prefer="best_worst")]))
+    assert told["share_of_pairs_won_by_response"] == 0.5
+
+
+def test_a_reward_that_is_no_number_is_refused_even_where_its_row_makes_nothing() -> None:
+    cut = candidate("a", finish_reason="length")
+    found = facts([row("p", [cut], ["b"], q=([1], [math.inf])), row("q", ["a"], ["b"], q=([1], [2]))])
+    assert found["broken"]["non_finite_reward"] == 1
+    assert checks.refusal(found) == "1 candidates or rows whose reward is not finite"
+    assert checks.refusal(facts(rows())) is None
+
+
+def test_without_rewards_nothing_is_told_of_them() -> None:
+    told = checks.report(checks.summed([facts([row("p", ["a"], ["b c"])], reward=None)]))
+    assert told == {
+        "broken": NOTHING, "num_pairs": 1, "mean_chosen_minus_rejected_tokens": 1, "share_chosen_longer": 1,
+        "share_of_pairs_won_by_response": 0,
+    }  # fmt: skip

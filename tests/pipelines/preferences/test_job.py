@@ -1,0 +1,288 @@
+"""The job in one process, without Ray: what is built once, what resumes, what is refused, and what is published."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.build_preferences import main
+from pipelines.corpus.storage import Storage
+from pipelines.preferences.build import Builder
+from pipelines.preferences.schema import STRATEGIES
+from tests.pipelines.preferences.fabricate import Row, damage, publish_corpus, row, table
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
+
+def rows(first: int = 0, count: int = 40) -> list[Row]:
+    return [
+        row(
+            f"Tell me of number {number}.", [f"It is {number}."], [f"It is {number}, which is nice."],
+            q=([number % 5], [number % 3 + 2]),
+        )
+        for number in range(first, first + count)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    some = rows()
+    return publish_corpus(tmp_path / "corpus", table(some[:20]), table(some[20:]), row_group_size=8)
+
+
+def job(corpus: Path, root: Path | str, *more: str) -> list[str]:
+    return [f"input.path={corpus}", f"output.root={root}", "build.reward=q", "run.unit_rows=4", *more]
+
+
+def manifests(root: Path) -> list[dict[str, Any]]:
+    found = sorted(root.glob("preferences/run=*/_SUCCESS"))
+    return [json.loads((path.parent / "manifest.json").read_text()) for path in found]
+
+
+def published(root: Path, split: str = "") -> list[Row]:
+    """The rows of every published part whose name begins so, checked against the manifest."""
+    made: list[Row] = []
+    for manifest in manifests(root):
+        num_rows = 0
+        for part in manifest["preferences"]:
+            path = root / part["path"]
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == part["sha256"]
+            found = pq.read_table(path, partitioning=None).to_pylist()
+            num_rows += len(found)
+            made += found if path.name.startswith(split) else []
+        dropped = sum(pq.read_metadata(root / part["path"]).num_rows for part in manifest["dropped"])
+        assert num_rows == manifest["num_made"] == sum(manifest["made"].values())
+        assert manifest["num_rows"] == manifest["num_ok"] + manifest["num_quarantined"]
+        assert dropped == manifest["num_quarantined"] == sum(manifest["causes"].values())
+    return made
+
+
+def test_every_prompt_is_built_or_dropped_with_its_cause(corpus: Path, tmp_path: Path) -> None:
+    assert main(job(corpus, tmp_path / "out")) == 0
+    (manifest,) = manifests(tmp_path / "out")
+    lost = sum(number % 3 + 2 < number % 5 for number in range(40))
+    tied = sum(number % 3 + 2 == number % 5 for number in range(40))
+    assert manifest["causes"] == {"aligned_lost": lost, "tie": tied}
+    made = published(tmp_path / "out")
+    assert [each["prompt"][0]["content"] for each in made] == [
+        f"Tell me of number {number}." for number in range(40) if number % 3 + 2 > number % 5
+    ]
+    assert made[0].keys() == set(STRATEGIES["pairs"].names) - {"split"}
+    dropped = pq.read_table(tmp_path / "out" / manifest["dropped"][0]["path"], partitioning=None).to_pylist()
+    assert (dropped[0]["shard"], dropped[0]["row"]) == ("corpus/run=000001/part-00000.parquet", 3)
+    assert [each["cause"] for each in dropped[:3]] == ["aligned_lost", "aligned_lost", "aligned_lost"]
+    assert not list((tmp_path / "out/units").iterdir())
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_only_new_partitions_are_built_and_prompts_of_old_ones_are_known(
+    where: str, corpus: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    more: list[str] = []
+    root = str(tmp_path / "out")
+    if where == "s3":
+        endpoint = request.getfixturevalue("s3_endpoint")
+        root, more = f"s3://testbucket/{tmp_path.name}/out", [f"site.storage_options={{endpoint_url: '{endpoint}'}}"]
+    if where == "s3":
+        store = Storage(f"s3://testbucket/{tmp_path.name}/corpus", {"endpoint_url": endpoint})
+        for path in sorted(corpus.rglob("*")):
+            if path.is_file():
+                store.put(str(path.relative_to(corpus)), path.read_bytes())
+    given = job(Path("corpus"), root, *more)
+    given[0] = f"input.path={store.url if where == 's3' else corpus}"
+    assert main(given) == 0
+    publish_corpus(corpus, table([*rows(38, 4), *rows(38, 4)]), number=2)
+    if where == "s3":
+        for path in sorted((corpus / "corpus/run=000002").iterdir()):
+            store.put(str(path.relative_to(corpus)), path.read_bytes())
+    output = Storage(root, {"endpoint_url": endpoint} if where == "s3" else {}, partitions="preferences")
+    before = {name: output.sizes(f"preferences/{name}") for name in output.folders("preferences")}
+    assert main(given) == 0
+    assert main(given) == 0
+    assert {name: output.sizes(f"preferences/{name}") for name in before} == before
+    assert output.folders("preferences") == ["run=000001", "run=000002"]
+    manifest = json.loads(output.read("preferences/run=000002/manifest.json"))
+    assert manifest["num_rows"] == 8
+    assert manifest["causes"]["duplicate_prompt"] == 6, "two of run 1, and four of its own"
+
+
+def test_kept_columns_go_along_whatever_they_hold(tmp_path: Path) -> None:
+    some = table(rows(count=3), topic=["", None, "c"], score=[float("nan"), 1.0, 2.0])
+    corpus = publish_corpus(tmp_path / "corpus", some)
+    assert main(job(corpus, tmp_path / "out", "input.keep_columns=[topic, score]", "build=unpaired")) == 0
+    made = published(tmp_path / "out")
+    assert [(each["prompt"][0]["content"][-2], each["topic"]) for each in made] == [
+        ("0", ""), ("0", ""), ("1", None), ("1", None), ("2", "c"), ("2", "c")
+    ]  # fmt: skip
+
+
+def test_unpublished_partitions_are_not_read(corpus: Path, tmp_path: Path) -> None:
+    publish_corpus(corpus, table(rows(100, 4)), number=2)
+    (corpus / "corpus/run=000002/_SUCCESS").unlink()
+    (corpus / "corpus/run=000001/part-99999.parquet").write_bytes(b"another writer's, in no manifest")
+    assert main(job(corpus, tmp_path / "out")) == 0
+    (manifest,) = manifests(tmp_path / "out")
+    assert manifest["num_rows"] == 40
+
+
+def test_a_job_that_dies_goes_on_where_it_was_and_makes_the_same_dataset(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["prompts.test_fraction=0.3", "build.prefer=best_random", "output.keep_units=true"]
+    assert main(job(corpus, tmp_path / "whole", *more)) == 0
+    build, done = Builder.build, []
+
+    def dies(self: Builder, *arguments: Any) -> pa.Table:
+        if len(done) == 4:
+            raise RuntimeError("power is gone")
+        done.append(arguments[0])
+        return build(self, *arguments)
+
+    monkeypatch.setattr(Builder, "build", dies)
+    with pytest.raises(RuntimeError):
+        main(job(corpus, tmp_path / "out", *more))
+    assert len(list((tmp_path / "out/units").iterdir())) == 4
+    assert not manifests(tmp_path / "out")
+    assert main(job(corpus, tmp_path / "out", *more, "build.seed=1")) == 2, "units wait to be published"
+    again = []
+    monkeypatch.setattr(Builder, "build", lambda self, *given: again.append(given[0]) or build(self, *given))
+    assert main(job(corpus, tmp_path / "out", *more, "run.unit_rows=3")) == 0
+    assert not {(each.shard, each.start) for each in again} & {(each.shard, each.start) for each in done}
+    assert published(tmp_path / "out") == published(tmp_path / "whole")
+
+
+def test_another_config_is_refused_unless_it_is_for_what_is_new(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(job(corpus, tmp_path / "out")) == 0
+    assert main(job(corpus, tmp_path / "out", "build.min_margin=1")) == 2
+    assert "build.min_margin was 0.0 and is 1.0" in capsys.readouterr().err
+    assert main(job(corpus, tmp_path / "out", "run.num_workers=7", "output.jsonl=true")) == 0
+    publish_corpus(corpus, table(rows(40, 10)), number=2)
+    assert main(job(corpus, tmp_path / "out", "build.min_margin=1", "run.accept_changes=true")) == 0
+    margins = [min(each["margin"] for each in published(tmp_path / "out") if each["partition"] == at) for at in (1, 2)]
+    assert margins[1] >= 1
+
+
+def test_no_prompt_is_in_two_splits(tmp_path: Path) -> None:
+    some = [{**each, "prompt_id": str(number)} for number, each in enumerate([*rows(count=30), *rows(count=30)])]
+    corpus = publish_corpus(tmp_path / "corpus", table(some[:35]), table(some[35:]))
+    more = ["prompts.test_fraction=0.3", "prompts.validation_fraction=0.2", "prompts.dedup=none", "build=unpaired"]
+    assert main(job(corpus, tmp_path / "out", *more)) == 0
+    prompts = {
+        split: {each["prompt"][0]["content"] for each in published(tmp_path / "out", split)}
+        for split in ("train", "validation", "test")
+    }
+    assert all(prompts.values())
+    assert sum(map(len, prompts.values())) == len(set.union(*prompts.values()))
+    assert len(published(tmp_path / "out")) == 2 * 2 * len(set.union(*prompts.values()))
+
+
+def test_the_dataset_loads_by_split_through_its_card(corpus: Path, tmp_path: Path) -> None:
+    assert main(job(corpus, tmp_path / "out", "prompts.test_fraction=0.3", "export=trl", "output.jsonl=true")) == 0
+    cache = str(tmp_path / "cache")
+    loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=cache)
+    assert {split: rows.to_list() for split, rows in loaded.items()} == {
+        split: published(tmp_path / "out", split) for split in ("train", "test")
+    }
+    dropped = datasets.load_dataset(str(tmp_path / "out"), "dropped", split="train", cache_dir=cache)
+    assert set(dropped["cause"]) == {"aligned_lost", "tie"}
+
+
+def test_a_reward_that_is_no_number_stops_the_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = row("p", ["a"], ["b"], q=([float("nan")], [1.0]))
+    corpus = publish_corpus(tmp_path / "corpus", table([*rows(), broken]))
+    assert main(job(corpus, tmp_path / "out")) == 3
+    assert "whose reward is not finite; nothing is published" in capsys.readouterr().err
+    assert not (tmp_path / "out/preferences").exists()
+
+
+def test_a_dataset_of_a_trainer_has_its_columns_in_parquet_and_in_json_lines(corpus: Path, tmp_path: Path) -> None:
+    assert main(job(corpus, tmp_path / "out", "export=trl", "output.jsonl=true")) == 0
+    (manifest,) = manifests(tmp_path / "out")
+    made = published(tmp_path / "out")
+    assert made[0]["chosen"] == [{"role": "assistant", "content": "It is 0, which is nice."}]
+    (lines,) = manifest["jsonl"]
+    assert [json.loads(line) for line in (tmp_path / "out" / lines["path"]).read_text().splitlines()] == made
+
+
+def test_a_damaged_unit_is_built_again(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(job(corpus, tmp_path / "whole")) == 0
+    build = Builder.build
+
+    def build_damaged(self: Builder, *arguments: Any) -> pa.Table:
+        report = build(self, *arguments)
+        path = Path(self.output.path(arguments[0].path))
+        if arguments[0].start == 4:
+            monkeypatch.setattr(Builder, "build", build)
+            path.write_bytes(path.read_bytes()[:-20] + b"x" * 20)
+        return report
+
+    monkeypatch.setattr(Builder, "build", build_damaged)
+    assert main(job(corpus, tmp_path / "out")) == 0
+    assert published(tmp_path / "out") == published(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "told"),
+    [
+        (lambda path: path.unlink(), "it is gone; restore it"),
+        (lambda path: path.write_bytes(b"short"), "has 5 bytes, and its manifest says"),
+        (damage, "is damaged"),
+    ],
+)
+def test_a_part_that_is_not_what_its_manifest_says_stops_the_job(
+    break_it: Callable[[Path], Any], told: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    break_it(corpus / "corpus/run=000001/part-00001.parquet")
+    for dedup in ("none", "exact"):
+        assert main(job(corpus, tmp_path / dedup, f"prompts.dedup={dedup}")) in (2, 3)
+        assert told in capsys.readouterr().err
+        assert not manifests(tmp_path / dedup)
+
+
+def test_near_duplicates_and_contaminated_prompts_are_dropped(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "benchmark.txt").write_text("Tell me of number 12\n")
+    asked = "Please tell me in a few plain words how the pump in the cellar of this house works"
+    some = [row(text, ["a"], ["b"], q=([1], [2])) for text in (asked, f"{asked} today")]
+    publish_corpus(corpus, table(some), number=2)
+    more = ["prompts.dedup=near", f"prompts.decontaminate=[{tmp_path / 'benchmark.txt'}]"]
+    assert main(job(corpus, tmp_path / "out", *more)) == 0
+    (manifest,) = manifests(tmp_path / "out")
+    assert (manifest["causes"]["contaminated"], manifest["causes"]["duplicate_prompt"]) == (1, 1)
+    assert [each["prompt"][0]["content"] for each in published(tmp_path / "out")][-1] == asked
+    (tmp_path / "other.txt").write_text("Tell me of number 13\n")
+    more[1] = f"prompts.decontaminate=[{tmp_path / 'other.txt'}]"
+    assert main(job(corpus, tmp_path / "out", *more)) == 2, "another benchmark is another dataset"
+
+
+def test_what_is_no_corpus_is_refused(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(job(tmp_path / "none", tmp_path / "out")) == 2
+    assert "holds no published partition" in capsys.readouterr().err
+    assert main(job(corpus, corpus)) == 2
+    assert "is the corpus itself" in capsys.readouterr().err
+    assert main(job(corpus, tmp_path / "out", "input.keep_columns=[topik]")) == 2
+    assert "keep_columns: no shard has that column" in capsys.readouterr().err
+
+
+def test_a_corpus_that_was_made_anew_is_refused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(job(corpus, tmp_path / "out")) == 0
+    shutil.rmtree(corpus)
+    publish_corpus(corpus, table(rows(5)))
+    assert main(job(corpus, tmp_path / "out")) == 2
+    assert "the corpus has been made anew; take another output.root" in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_and_writes_nothing(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*job(corpus, tmp_path / "out"), "--dry-run"]) == 0
+    assert "to build: 40 prompts in 10 units" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()

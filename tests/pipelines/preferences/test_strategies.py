@@ -1,0 +1,159 @@
+"""Each strategy: what it makes of ranked candidates, and why it makes nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.preferences import strategies
+from pipelines.preferences.ranked import rank
+from pipelines.preferences.settings import BuildConfig
+from pipelines.preferences.strategies.steps import part
+from tests.pipelines.preferences.fabricate import Row, candidate, row, table
+
+FOUR = row("four", ["worst", "better"], ["best", "good"], q=([1, 3], [7, 4]))
+TIED = row("tied", ["a", "b"], ["c", "d"], q=([2, 2], [2, 2]))
+SAME = row("same", ["one  text"], ["one text\n"], q=([1], [2]))
+LOST = row("lost", ["a"], ["b"], q=([2], [1]))
+LONE = row("lone", ["a"], [{**FOUR["aligned"][0], "status": "failed"}], q=([2], [None]))
+
+
+def made(strategy: str, *rows: Row, **options: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows that a strategy makes, with `row`, and the causes of the prompts."""
+    build = BuildConfig(**{"strategy": strategy, "reward": "q", **options})
+    found = rank(table(list(rows)), 1, build, [])
+    result = strategies.STRATEGIES[strategy](found.table, build)
+    columns = {"row": result.row.tolist(), **{name: column.to_pylist() for name, column in result.columns.items()}}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)], [*result.causes]
+
+
+def sides(rows: list[dict[str, Any]], *names: str) -> list[tuple[Any, ...]]:
+    return [tuple(each[name] for name in names) for each in rows]
+
+
+@pytest.mark.parametrize("name", strategies.STRATEGIES)
+def test_a_strategy_is_a_short_file(name: str) -> None:
+    assert len((Path(strategies.__file__).parent / f"{name}.py").read_text().splitlines()) <= 40
+
+
+def test_pairs_prefer_what_is_aligned_to_its_own_response() -> None:
+    rows, causes = made("pairs", FOUR, TIED, SAME, LOST, LONE)
+    (pair,) = rows
+    assert (pair["chosen"], pair["rejected"], pair["margin"]) == ("best", "worst", 6)
+    assert (pair["chosen_kind"], pair["rejected_kind"]) == ("aligned", "response")
+    assert (pair["chosen_model"], pair["rejected_model"]) == ("aligner", "policy")
+    assert causes == ["", "tie", "same_text", "aligned_lost", "one_candidate"]
+
+
+def test_the_best_aligned_answer_whose_response_is_there_is_compared() -> None:
+    cut = {**FOUR["responses"][0], "finish_reason": "length"}
+    rows, _ = made("pairs", {**FOUR, "responses": [cut, FOUR["responses"][1]]})
+    assert sides(rows, "chosen", "rejected") == [("good", "better")]
+
+
+def test_pairs_without_a_reward_have_no_margin() -> None:
+    rows, causes = made("pairs", LOST, SAME, reward=None)
+    assert sides(rows, "chosen", "rejected", "margin") == [("b", "a", None)]
+    assert causes == ["", "same_text"]
+
+
+def test_pairs_of_the_best_and_the_worst_take_whatever_they_are() -> None:
+    rows, causes = made("pairs", FOUR, TIED, LOST, LONE, prefer="best_worst")
+    assert sides(rows, "row", "chosen", "rejected") == [(0, "best", "worst"), (2, "a", "b")]
+    assert causes == ["", "tie", "", "one_candidate"]
+
+
+def test_a_random_rejected_answer_goes_by_the_seed_and_the_prompt_alone() -> None:
+    many = [{**FOUR, "prompt_id": f"p{number}"} for number in range(40)]
+    rows, _ = made("pairs", *many, prefer="best_random")
+    assert {each["rejected"] for each in rows} == {"worst", "better", "good"}
+    assert {each["chosen"] for each in rows} == {"best"}
+    backwards, _ = made("pairs", *reversed(many), prefer="best_random")
+    assert [each["rejected"] for each in backwards] == [each["rejected"] for each in reversed(rows)]
+    other, _ = made("pairs", *many, prefer="best_random", seed=1)
+    assert [each["rejected"] for each in other] != [each["rejected"] for each in rows]
+
+
+def test_margins_and_lengths_that_are_too_small_or_too_large_are_refused() -> None:
+    assert made("pairs", FOUR, min_margin=6.0)[1] == [""]
+    assert made("pairs", FOUR, min_margin=6.5)[1] == ["small_margin"]
+    long = row("long", ["one two three"], ["one"], q=([1], [2]))
+    assert made("pairs", long, max_length_ratio=3.0)[1] == [""]
+    assert made("pairs", long, max_length_ratio=2.9)[1] == ["length_ratio"]
+
+
+def test_lengths_that_were_not_counted_alike_are_not_compared() -> None:
+    stored = candidate("ten chars.", num_tokens=None, finish_reason=None)
+    aligned = candidate("twelve chars", num_tokens=2)
+    mixed = row("mixed", [stored], [aligned], q=([1], [2]))
+    assert made("pairs", mixed, max_length_ratio=1.2)[1] == [""]
+    assert made("pairs", mixed, max_length_ratio=1.1)[1] == ["length_ratio"]
+    assert made("pairs", mixed, length_slope=0.25)[0][0]["margin"] == 1 - 0.25 * 2
+
+
+def test_curriculum_goes_from_the_largest_margin_to_the_smallest() -> None:
+    rows, causes = made("curriculum", FOUR, TIED, LOST)
+    assert sides(rows, "row", "phase", "chosen", "rejected", "margin") == [
+        (0, 1, "best", "worst", 6), (0, 2, "best", "better", 4), (0, 3, "best", "good", 3), (2, 1, "a", "b", 1)
+    ]  # fmt: skip
+    assert causes == ["", "tie", ""]
+    assert sides(made("curriculum", FOUR, num_phases=2, min_margin=4.0)[0], "phase", "margin") == [(1, 6), (2, 4)]
+
+
+def test_triple_takes_the_best_the_second_and_the_worst() -> None:
+    two_best = row("two", ["a", "b"], ["c", "d"], q=([2, 2], [1, 0]))
+    rows, causes = made("triple", FOUR, two_best, LOST)
+    assert sides(rows, "row", "best", "chosen", "rejected", "best_reward", "chosen_reward", "rejected_reward") == [
+        (0, "best", "good", "worst", 7, 4, 1)
+    ]
+    assert causes == ["", "tie", "one_candidate"]
+
+
+def test_unpaired_labels_go_by_a_threshold_or_by_the_mean_of_the_prompt() -> None:
+    rows, causes = made("unpaired", FOUR, TIED)
+    assert sides(rows, "completion", "label") == [("best", True), ("good", True), ("better", False), ("worst", False)]
+    assert causes == ["", "tie"]
+    rows, causes = made("unpaired", FOUR, TIED, threshold=4.0)
+    assert sides(rows, "completion", "label")[:4] == [
+        ("best", True), ("good", True), ("better", False), ("worst", False)
+    ]  # fmt: skip
+    assert causes == ["", ""]
+    assert sides(made("unpaired", FOUR, threshold=4.0, min_margin=2.0)[0], "completion") == [("best",), ("worst",)]
+
+
+def test_ranked_has_every_text_once_with_its_rank() -> None:
+    doubled = row("doubled", ["a", "b", "a "], ["c", "d", "e"], q=([1, 5, 5], [5, 3, 3]))
+    rows, causes = made("ranked", doubled, TIED, LONE)
+    (one,) = rows
+    assert list(zip(one["completions"], one["rewards"], one["ranks"], strict=True)) == [
+        ("c", 5, 1), ("b", 5, 1), ("a ", 5, 1), ("d", 3, 4), ("e", 3, 4)
+    ]  # fmt: skip
+    assert causes == ["", "tie", "one_candidate"]
+
+
+def test_trajectory_rises_and_takes_one_text_of_each_reward() -> None:
+    stairs = row("stairs", ["a", "b"], ["c", "d"], q=([1, 1], [0, 2]))
+    rows, causes = made("trajectory", stairs, FOUR, TIED)
+    assert sides(rows, "row", "states", "rewards") == [
+        (0, ["c", "a", "d"], [0, 1, 2]), (1, ["worst", "better", "good", "best"], [1, 3, 4, 7])
+    ]  # fmt: skip
+    assert causes == ["", "", "tie"]
+
+
+def test_refinement_is_a_response_and_what_was_aligned_from_it() -> None:
+    rows, causes = made("refinement", FOUR, LOST)
+    assert sides(rows, "response", "improved", "response_reward", "improved_reward") == [("worst", "best", 1, 7)]
+    assert causes == ["", "aligned_lost"]
+
+
+def test_steps_part_where_the_sentences_do() -> None:
+    one = "Add 3.5 and 2. That is 5.5. So double it."
+    other = "Add 3.5 and 2.  That is 6. So double it."
+    rows, causes = made(
+        "steps", row("p", [other], [one], q=([0], [1])), row("q", ["Yes."], ["Yes. More."], q=([0], [1]))
+    )
+    assert sides(rows, "prefix", "chosen", "rejected", "full_chosen", "full_rejected") == [
+        ("Add 3.5 and 2. ", "That is 5.5. ", "That is 6. ", one, other)
+    ]
+    assert causes == ["", "no_step"]
+    assert part("a", "b") == ("", "a", "b")
