@@ -569,16 +569,17 @@ def test_a_store_error_while_units_are_read_is_not_damage(
     opened = local_output.fs.open
 
     class Away:
-        closed = False
+        closed, at, size = False, 0, 4096
 
         def read(self, size: int = -1) -> bytes:
             raise ConnectionError("the store is away")
 
         def seek(self, offset: int, whence: int = 0) -> int:
-            return offset
+            self.at = offset + (self.size if whence == 2 else 0)
+            return self.at
 
         def tell(self) -> int:
-            return 0
+            return self.at
 
         def close(self) -> None:
             pass

@@ -267,7 +267,7 @@ def test_what_is_no_corpus_is_refused(corpus: Path, tmp_path: Path, capsys: pyte
     assert main(job(tmp_path / "none", tmp_path / "out")) == 2
     assert "holds no published partition" in capsys.readouterr().err
     assert main(job(corpus, corpus)) == 2
-    assert "is the corpus itself" in capsys.readouterr().err
+    assert "is the corpus that is read" in capsys.readouterr().err
     assert main(job(corpus, tmp_path / "out", "input.keep_columns=[topik]")) == 2
     assert "keep_columns: no shard has that column" in capsys.readouterr().err
 
