@@ -171,10 +171,11 @@ class Round:
         while time.monotonic() < self.deadline:
             job = self.command_line.start(*self.arguments)
             self._arm(job)
-            num_random = self.rng.randint(0, 5)
+            num_random, early = self.rng.randint(0, 5), self.rng.random() < 0.2
             while job.process.poll() is None and time.monotonic() < self.deadline:
                 time.sleep(self.rng.uniform(0.2, 1.0))
-                if num_random and self.kills > 0 and job.process.poll() is None:
+                early = early or bool(_workers(TITLES["policy actor"]))  # or all would be over before there are actors
+                if early and num_random and self.kills > 0 and job.process.poll() is None:
                     num_random -= self._kill(job, self.rng.choices(VICTIMS, WEIGHTS)[0])
             self.proxy.on_request = lambda head: None
             if self._revival is not None:
