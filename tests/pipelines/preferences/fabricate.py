@@ -10,15 +10,6 @@ import pyarrow.parquet as pq
 
 from pipelines.corpus import schema
 
-REWARDS = pa.list_(
-    pa.struct(
-        [
-            pa.field("name", pa.string()),
-            pa.field("response", pa.list_(pa.float64())),
-            pa.field("aligned", pa.list_(pa.float64())),
-        ]
-    )
-)
 Row = dict[str, Any]
 
 
@@ -53,8 +44,7 @@ def row(
 
 def table(rows: list[Row], **kept: list[Any]) -> pa.Table:
     """Corpus rows as a table; `kept` are further columns."""
-    columns = pa.schema([*schema.CORPUS, pa.field("rewards", REWARDS)])
-    made = pa.Table.from_pylist(rows, schema=columns)
+    made = pa.Table.from_pylist(rows, schema=schema.CORPUS)
     for name, values in kept.items():
         made = made.append_column(name, pa.array(values))
     return made
