@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 
 from actors.contract import ALIGNED, PROMPT, RESPONSE
 from pipelines.corpus.schema import CORPUS, SOURCE
-from tests.pipelines.preferences.fabricate import REWARDS, publish_corpus
+from tests.pipelines.preferences.fabricate import publish_corpus
 
 NUM_PARTS = 10
 GROUP_ROWS = 16_384  # about the 32 MiB that the corpus's publisher makes of such rows
@@ -56,7 +56,7 @@ def part(first: int, num_rows: int, num_candidates: int) -> pa.Table:
             pa.repeat("quality", num_rows),
             *(pa.ListArray.from_arrays(bounds, pa.array(side)) for side in rewards),
         ],
-        fields=list(REWARDS.value_type),
+        fields=list(CORPUS.field("rewards").type.value_type),
     )
     columns = {
         "prompt_id": numbers,
@@ -70,7 +70,7 @@ def part(first: int, num_rows: int, num_candidates: int) -> pa.Table:
         ),
         "rewards": pa.ListArray.from_arrays(starts, scores),
     }  # fmt: skip
-    return pa.table(columns).cast(pa.schema([*CORPUS, pa.field("rewards", REWARDS)]))
+    return pa.table({name: columns[name] for name in CORPUS.names}).cast(CORPUS)
 
 
 def candidates(kind: pa.StructType, first: int, num_rows: int, num_candidates: int, more: int) -> pa.StructArray:
