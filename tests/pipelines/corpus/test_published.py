@@ -61,7 +61,7 @@ def night(prompts: Path, corpus: Storage, number: int, keep: list[str] | None = 
 
 
 def open_corpus(corpus: Storage) -> CorpusInput:
-    return CorpusInput(corpus.url, corpus.fs.storage_options if not corpus.is_local else None)
+    return CorpusInput(corpus.url, corpus.fs.raw.storage_options if not corpus.is_local else None)
 
 
 def plan_scores(corpus: Storage, scored: Storage, **more: Any) -> tuple[CorpusInput, CorpusConfig, Plan]:
