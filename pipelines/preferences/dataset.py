@@ -18,21 +18,25 @@ from pipelines.corpus.storage import Storage
 from pipelines.corpus.units import Unit
 from pipelines.preferences import checks, schema
 from pipelines.preferences.arrow import whole
+from pipelines.preferences.exporters import EXPORTERS
 
 FOLDER = "preferences"
 ROWS_AT_ONCE = 4096
 SPLITS = ("train", "validation", "test")
 
 
-def preferences(*, jsonl: bool) -> Kind:
+def preferences(*, jsonl: bool, files: Mapping[str, str]) -> Kind:
     """A preference dataset: parts by split; prompts from which nothing was made are told in `dropped`.
 
     Args:
         jsonl: whether each part is written as JSON lines too.
+        files: what stands beside the card: content by name.
     """
 
     def finished(output: Storage, plan: Mapping[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:
-        told = {name: plan[name] for name in ("num_made", "made", "unused", "num_candidates")}
+        for name, content in files.items():
+            output.put(name, content.encode())
+        told = {name: plan[name] for name in ("num_made", "made", "unused", "num_candidates", "models")}
         report = {"report": checks.report(plan["checks"]), "checks": plan["checks"]}
         return {**told, **report, "jsonl": [_write_jsonl(output, part) for part in parts] if jsonl else []}
 
@@ -71,6 +75,7 @@ def summed(facts: list[dict[str, Any]]) -> dict[str, Any]:
         "made": dict(made),
         "unused": dict(unused),
         "num_candidates": sum(each["num_candidates"] for each in facts),
+        "models": checks.summed(each["models"] for each in facts),
         "checks": checks.summed(each["checks"] for each in facts),
     }
 
@@ -85,6 +90,11 @@ def _refusal(plan: Mapping[str, Any]) -> str | None:
     )
 
 
+def json_line(row: dict[str, Any]) -> bytes:
+    """A row as JSON, UTF-8. What JSON has no type for, as kept columns may hold, is written as Python writes it."""
+    return json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
+
+
 def _write_jsonl(output: Storage, part: dict[str, Any]) -> dict[str, Any]:
     """Create the JSON lines of a part beside it, or leave those that are there. Returns their record."""
     path = part["path"].removesuffix(".parquet") + ".jsonl"
@@ -92,9 +102,7 @@ def _write_jsonl(output: Storage, part: dict[str, Any]) -> dict[str, Any]:
     def write(scratch: Path) -> None:
         with output.fs.open(output.path(part["path"])) as file, scratch.open("wb") as lines:
             for batch in pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE):
-                lines.writelines(
-                    json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n" for row in batch.to_pylist()
-                )
+                lines.writelines(json_line(row) for row in batch.to_pylist())
 
     if not output.exists(path):
         output.create_file(path, write)
@@ -133,10 +141,20 @@ def card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | None) ->
         causes = sum((Counter(each["causes"]) for each in found), Counter())
         unused = sum((Counter(each["unused"]) for each in found), Counter())
         lines += [f"| prompts dropped | {_told(dict(causes))} |", f"| candidates not used | {_told(dict(unused))} |"]
+    models = checks.summed(manifest["models"] for manifest in found)
+    if models:
+        lines += ["", "## Models", "", "| column | texts of each model |", "|---|---|"]
+        for name, counts in models.items():
+            told = ", ".join(f"{count} `{model}`" for model, count in sorted(counts.items()))
+            lines.append(f"| `{name}` | {told} |")
     if run:
         lines += ["", "## Columns", "", "| column | type |", "|---|---|"]
         lines += [f"| `{name}` | `{dtype}` |" for name, dtype in run["columns"].items()]
         lines += made_with(run)
+        export = run["config"]["export"]
+        if export:
+            told = EXPORTERS[export].read(run["config"]["build"]["strategy"])
+            lines += ["", f"## Read it: {export}", "", told]
     lines += ["", "Only files that a `manifest.json` lists belong to it; a partition counts from `_SUCCESS` on.", ""]
     return "\n".join(lines)
 

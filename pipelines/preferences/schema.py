@@ -85,6 +85,9 @@ STRATEGIES = {name: pa.schema([PROMPT_ID, CHAT, *columns, SPLIT, PARTITION]) for
 """What each strategy makes, by its name. Texts are plain strings, the prompt stays a list of messages. Kept columns
 of the corpus follow."""
 
+MODELS = ("chosen_model", "rejected_model", "model", "models")
+"""The columns of strategies that name the models of texts."""
+
 DROPPED = pa.schema(
     [
         PROMPT_ID,

@@ -211,3 +211,6 @@ class BuildPreferencesConfig:
                 f"export={self.export} takes {' or '.join(sorted(fitting))}, and build.strategy is "
                 f"{self.build.strategy}"
             )
+        taken = sorted(EXPORTERS[self.export].names & set(self.input.keep_columns))
+        if taken:
+            raise ConfigError(f"keep_columns may not name {', '.join(taken)}: export={self.export} gives it a meaning")

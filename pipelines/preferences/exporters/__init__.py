@@ -10,17 +10,45 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from pipelines.preferences.exporters.trl import trl
+from pipelines.preferences.exporters import axolotl, kto, llamafactory, openrlhf, trl, ultrafeedback
+
+PAIRS = frozenset({"pairs", "curriculum", "steps"})
+TRL_READS = frozenset({"chat_template_kwargs", "image", "images", "messages", "tools"})
 
 
 class Exporter(NamedTuple):
-    """`convert`, and the strategies whose tables it takes."""
+    """`convert`, the strategies whose tables it takes, and what the dataset's root says of it.
+
+    Attributes:
+        names: besides the columns of strategies, what it makes or the trainer gives a meaning: no kept column's name.
+        read: Markdown for the dataset card, by strategy: how the trainer is told of the dataset.
+        files: by strategy, what stands beside the card: content by file name.
+    """
 
     convert: Callable[[pa.Table], pa.Table]
     strategies: frozenset[str]
+    names: frozenset[str]
+    read: Callable[[str], str]
+    files: Callable[[str], dict[str, str]] = lambda strategy: {}
 
 
 EXPORTERS = {
-    "trl": Exporter(trl, frozenset({"pairs", "curriculum"})),
+    "trl": Exporter(trl.trl, PAIRS | {"triple"}, TRL_READS | {"reference"}, lambda strategy: trl.READ),
+    "kto": Exporter(kto.kto, frozenset({"unpaired"}), TRL_READS, lambda strategy: kto.READ),
+    "axolotl": Exporter(axolotl.axolotl, PAIRS | {"unpaired"}, frozenset({"messages"}), axolotl.read),
+    "llamafactory": Exporter(
+        llamafactory.llamafactory,
+        PAIRS | {"unpaired"},
+        frozenset({"conversations", "kto_tag"}),
+        lambda strategy: llamafactory.READ,
+        lambda strategy: {"dataset_info.json": llamafactory.dataset_info(strategy)},
+    ),
+    "openrlhf": Exporter(openrlhf.openrlhf, PAIRS, frozenset(), lambda strategy: openrlhf.READ),
+    "ultrafeedback": Exporter(
+        ultrafeedback.ultrafeedback,
+        PAIRS,
+        frozenset({"messages", "score_chosen", "score_rejected"}),
+        lambda strategy: ultrafeedback.READ,
+    ),
 }
 """By the name that `export=` takes."""

@@ -1,25 +1,33 @@
-"""TRL's conversational preference format, for DPOTrainer and RewardTrainer."""
+"""TRL's conversational preference format, for DPOTrainer, CPOTrainer, TPOTrainer and RewardTrainer."""
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from actors.contract import MESSAGE
 from pipelines.preferences.arrow import whole
+from pipelines.preferences.exporters.columns import answers, messages, others
+
+READ = """\
+```python
+from datasets import load_dataset
+from trl import DPOTrainer
+
+trainer = DPOTrainer(model, train_dataset=load_dataset("<this folder>", split="train"))
+```
+
+`RewardTrainer` reads the same rows and subtracts `margin` in its loss; without that column it takes the plain one."""
 
 
 def trl(pairs: pa.Table) -> pa.Table:
-    """`prompt`, `chosen` and `rejected` as message lists, `margin` where the reward has one, then the kept columns.
+    """`prompt`, `chosen` and `rejected` as message lists, `margin` (where there is no reward 0, which is none to
+    RewardTrainer), of `triple` the best answer as `reference`, then the other columns.
 
     Chosen and rejected are the assistant's one message after the prompt (TRL, "Dataset formats", preference,
     conversational, explicit prompt).
     """
-    columns = {name: pairs[name] for name in pairs.column_names if name not in ("split", "partition")}
-    for name in ("chosen", "rejected"):
-        columns[name] = as_messages(pairs[name])
-    return pa.table(columns)
-
-
-def as_messages(texts: pa.ChunkedArray, role: str = "assistant") -> pa.ListArray:
-    """Each text as a list of one message."""
-    texts = whole(texts)
-    messages = pa.StructArray.from_arrays([pa.repeat(role, len(texts)), texts], fields=list(MESSAGE))
-    return pa.ListArray.from_arrays(pa.array(range(len(texts) + 1), pa.int32()), messages)
+    chosen, rejected = answers(pairs)
+    made = {"prompt": pairs["prompt"], "chosen": messages(chosen), "rejected": messages(rejected)}
+    if "best" in pairs.column_names:
+        made["reference"] = messages(whole(pairs["best"]))
+    if "margin" in pairs.column_names:
+        made["margin"] = pc.fill_null(pairs["margin"], 0.0)
+    return pa.table({**made, **others(pairs, *made, "best")})

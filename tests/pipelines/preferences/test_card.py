@@ -1,0 +1,35 @@
+"""The dataset card: schema, counts, models and rewards, and how the trainer reads what was exported for it."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.build_preferences import main
+from tests.pipelines.preferences.fabricate import candidate, publish_corpus, row, table
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
+
+def test_card_tells_what_the_dataset_is_made_of(tmp_path: Path) -> None:
+    policies = ["small", "small", "large"]
+    corpus = table(
+        [
+            row(f"Name a river of land {number}.", [candidate("No.", model=policy)], ["The Elbe."], q=([0.5], [number]))
+            for number, policy in enumerate(policies, 1)
+        ]
+    )
+    job = [f"input.path={publish_corpus(tmp_path / 'corpus', corpus)}", f"output.root={tmp_path / 'root'}"]
+    assert main([*job, "build.reward=q", "export=openrlhf", "prompts.dedup=none"]) == 0
+    card = (tmp_path / "root" / "README.md").read_text()
+    for line in (
+        "| run=000001 | 3 | 0 | 3 |",
+        "| reward before | 0.5 |",
+        "| reward after | 2 |",
+        "| `chosen_model` | 3 `aligner` |",
+        "| `rejected_model` | 1 `large`, 2 `small` |",
+        "| `build.reward` | `q` |",
+        "| `chosen` | `list<item: struct<role: string not null, content: string not null>>` |",
+        "## Read it: openrlhf",
+        "python -m openrlhf.cli.train_dpo --data.dataset <this folder> --data.apply_chat_template …",
+    ):
+        assert line in card.splitlines()
