@@ -353,6 +353,19 @@ def test_stop_string_may_begin_in_reserved_tokens_or_lie_in_them(
         assert found == ((num_made, want) if ends else None)
 
 
+@pytest.mark.parametrize("num_iterations", [None, 3])
+def test_no_guess_lies_behind_the_last_token_that_a_row_may_have(num_iterations: int | None) -> None:
+    """Rows that fill the cache to its end, with drafts that go on: one more position would be another row's."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [tuple(torch.randint(3, VOCABULARY, (40,), generator=generator).tolist()) for _ in range(4)]
+    loop = {"block_size": 16, "max_num_seqs": 4, "kv_cache_tokens": 4 * 64, "eos": []}
+    case = Case(random_model("llama", 0), prompts, [[] for _ in prompts], 0, loop)
+    assert len(prompts[0]) + MAX_TOKENS == 64
+    drafts = [[*row.tokens, *range(3, 23)] for row in case.greedy()]
+    made = case.decode(drafts=drafts, max_iterations=num_iterations)
+    assert [row.tokens for row in made] == [draft[:MAX_TOKENS] for draft in drafts]
+
+
 def test_a_row_ends_with_its_frozen_eos() -> None:
     """However many iterations are left, and however much behind the end of the answer still changes."""
     case = fixed_case()
