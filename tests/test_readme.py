@@ -10,6 +10,7 @@ import pytest
 from pipelines.config import compose
 from pipelines.corpus.publish import OutputConfig, publish
 from pipelines.corpus.storage import Storage
+from pipelines.preferences.settings import BuildPreferencesConfig
 from pipelines.reference import reference_yaml
 from pipelines.settings import AlignCorpusConfig, ScoreCorpusConfig
 from tests.pipelines.corpus.fabricate import commit_units, fake_shard
@@ -39,15 +40,16 @@ def test_the_ways_to_read_a_corpus_work(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_every_key_in_the_readme_exists() -> None:
-    known = _dotted(reference_yaml(AlignCorpusConfig))
-    named = set(re.findall(r"\b((?:input|output|policy|aligner|run|site)\.\w+)", README))
+    known = _dotted(reference_yaml(AlignCorpusConfig)) | _dotted(reference_yaml(BuildPreferencesConfig))
+    named = set(re.findall(r"\b((?:input|output|policy|aligner|build|prompts|run|site)\.\w+)", README))
     assert named - known - {"policy.py", "aligner.py"} == set()
     assert len(named) > 10
 
 
-JOBS: dict[str, tuple[type[AlignCorpusConfig | ScoreCorpusConfig], tuple[str, ...]]] = {
+JOBS: dict[str, tuple[type[AlignCorpusConfig | ScoreCorpusConfig | BuildPreferencesConfig], tuple[str, ...]]] = {
     "align_corpus.py": (AlignCorpusConfig, ("policy", "aligner", "reward", "site")),
     "score_corpus.py": (ScoreCorpusConfig, ("reward", "site")),
+    "build_preferences.py": (BuildPreferencesConfig, ("build", "site")),
 }
 
 
