@@ -54,6 +54,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}; what is committed is kept, and the same command goes on from there", file=sys.stderr)
         return OUTAGE
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         report.say("interrupted; what is committed is kept, and the same command goes on from there")
         return INTERRUPTED
 

@@ -1,5 +1,6 @@
 """What every job on an output root does: plan what is not done, make it, publish it; and how it ends."""
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -34,6 +35,7 @@ def exit_code(work: Callable[[], int]) -> int:
         print(f"error: {error}; what is committed is kept, and the same command goes on from there", file=sys.stderr)
         return OUTAGE
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left to do is to end; impatience would only add a trace
         report.say("interrupted; what is committed is kept, and the same command goes on from there")
         return INTERRUPTED
 

@@ -109,8 +109,21 @@ def refusal(needs: list[Need], nodes: list[Node], why: str) -> ConfigError | Non
     missing = left_over(needs, nodes)
     if not missing:
         return None
-    short = ", ".join(f"{need.count} of {need.name}" for need in missing)
-    return ConfigError(f"the pools do not fit {why}: {short} have no place. {arithmetic(needs, nodes)}")
+    short = ", ".join(f"{need.count} of {need.name} ({remedy(need, nodes)})" for need in missing)
+    return ConfigError(f"the pools do not fit {why}: no place for {short}. {arithmetic(needs, nodes)}")
+
+
+def remedy(need: Need, nodes: list[Node]) -> str:
+    """Why there is no place for it, and what to change."""
+    allowed = [node for node in nodes if need.may_run_on(node)]
+    labels = " ".join(f"{label}={value}" for label, value in need.labels.items())
+    if not allowed and labels:
+        return f"no node has {labels}: change label_selector, or label nodes with `ray start --labels`"
+    for what, key, each in (("GPUs", "num_gpus", need.gpus), ("CPUs", "num_cpus", need.cpus)):
+        most = max((getattr(node, what.lower()) for node in allowed), default=0.0)
+        if each > most + 1e-6:
+            return f"the largest node has {most:g} {what}: lower {key}, or add larger nodes"
+    return "lower replicas, or add nodes"
 
 
 def arithmetic(needs: list[Need], nodes: list[Node]) -> str:

@@ -113,4 +113,4 @@ def test_the_manifests_cluster_grows_to_what_the_pools_need_and_no_further(
     late = growing_command_line.run(
         *job, f"output.root={tmp_path / 'late'}", "policy.replicas=16", "run.wait_for_resources_s=0"
     ).expect(5)
-    assert "the pools do not fit after 0 s (run.wait_for_resources_s): 8 of policy have no place" in late.stderr
+    assert "the pools do not fit after 0 s (run.wait_for_resources_s): no place for 8 of policy" in late.stderr

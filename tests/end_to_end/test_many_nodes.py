@@ -71,7 +71,7 @@ def test_replicas_stay_whole_on_their_nodes(nodes: Nodes, job: list[str]) -> Non
     add_node(nodes.cluster, num_gpus=8)
     pools = [*STORED, "policy.num_gpus=3", "policy.replicas=2", "aligner=identity", "aligner.num_gpus=5"]
     refused = nodes.command_line.run(*job, *pools, "aligner.replicas=4").expect(2)
-    assert "the pools do not fit on this cluster: 1 of aligner have no place" in refused.stderr.replace(
+    assert "the pools do not fit on this cluster: no place for 1 of aligner" in refused.stderr.replace(
         "2 of policy, ", ""
     )
 

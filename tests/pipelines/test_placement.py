@@ -130,8 +130,24 @@ def test_a_wait_says_now_and_then_what_is_missing_and_how_long_it_may_take(monke
 def test_the_refusal_does_the_arithmetic() -> None:
     error = refusal([Need("policy", 2, 1, 1), Need("aligner", 3, 1, 8)], EIGHT, "on this cluster")
     assert str(error) == (
-        "the pools do not fit on this cluster: 1 of aligner, 2 of policy have no place. "
+        "the pools do not fit on this cluster: no place for 1 of aligner (lower replicas, or add nodes), "
+        "2 of policy (lower replicas, or add nodes). "
         "Asked for: policy: 2 x 1 GPUs and 1 CPUs; aligner: 3 x 8 GPUs and 1 CPUs. "
         "Nodes: a: 8 GPUs, 32 CPUs; b: 8 GPUs, 32 CPUs"
     )
     assert refusal([Need("policy", 2, 1, 1)], EIGHT, "on this cluster") is None
+
+
+@pytest.mark.parametrize(
+    ("need", "told"),
+    [
+        (Need("policy", 1, 1, 16), "the largest node has 8 GPUs: lower num_gpus, or add larger nodes"),
+        (Need("policy", 1, 64, 0), "the largest node has 32 CPUs: lower num_cpus, or add larger nodes"),
+        (
+            Need("policy", 1, 1, 1, {"pool": "gold"}),
+            "no node has pool=gold: change label_selector, or label nodes with `ray start --labels`",
+        ),
+    ],
+)
+def test_the_refusal_says_what_to_change(need: Need, told: str) -> None:
+    assert f"no place for 1 of policy ({told}). " in str(refusal([need], EIGHT, "on this cluster"))
