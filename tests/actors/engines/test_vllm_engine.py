@@ -226,10 +226,10 @@ import sys
 from unittest.mock import patch
 from vllm.config import ModelConfig
 from actors.engines.base import EngineConfig
-from actors.engines.vllm_engine import _vllm_config
+from actors.engines.vllm_engine import make_vllm_config
 
 with patch.object(ModelConfig, "is_prefix_caching_supported", False):  # which is what vLLM goes by unless it is told
-    made = _vllm_config(EngineConfig(engine="vllm", model=sys.argv[1], device="cpu"))
+    made = make_vllm_config(EngineConfig(engine="vllm", model=sys.argv[1], device="cpu"))
 sys.exit(not made.cache_config.enable_prefix_caching)
 """
 
