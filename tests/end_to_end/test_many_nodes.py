@@ -104,6 +104,7 @@ def test_a_node_that_dies_costs_no_row(nodes: Nodes, job: list[str], tiny_llama:
     assert [row["source"]["row"] for row in corpus(tmp_path / "output")] == list(range(NUM_ROWS))
 
 
+@pytest.mark.long
 def test_a_node_that_is_added_is_used(nodes: Nodes, job: list[str], tiny_llama: Path, tmp_path: Path) -> None:
     pools = [*STORED, *tiny_pool("aligner", tiny_llama, max_tokens=200), "aligner.num_gpus=1"]
     pools += ["policy.num_gpus=7", "aligner.max_replicas=2", "aligner.max_num_seqs=1"]
