@@ -48,7 +48,8 @@ class _Layer(NamedTuple):
     resolved: bool = False
 
     def fail(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.source}: {message}")
+        whole = f"{self.source}: {message}"  # a user's keys are in it, and a mistake is told in one line
+        raise ConfigError("".join(char if char.isprintable() else repr(char)[1:-1] for char in whole))
 
     def unknown(self, key: str, parent: str, kind: Any) -> NoReturn:
         """Fail for `key`, which is not one of `kind`'s, the type of `parent`."""

@@ -88,6 +88,7 @@ def seen(head: RayHead) -> tuple[dict[str, int], int]:
     return nodes, asked
 
 
+@pytest.mark.long
 def test_the_manifests_cluster_grows_to_what_the_pools_need_and_no_further(
     spec: dict[str, Any], growing_head: RayHead, growing_command_line: CommandLine, tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def test_replicas_stay_whole_on_their_nodes(nodes: Nodes, job: list[str]) -> Non
     running.wait().expect(0)
 
 
+@pytest.mark.long
 def test_what_fits_finds_its_place_whatever_starts_first(nodes: Nodes, job: list[str]) -> None:
     """Two policies of 4 GPUs, started first and spread as Ray spreads them, would leave no node whole for the 8."""
     add_node(nodes.cluster, num_gpus=8)

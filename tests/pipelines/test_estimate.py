@@ -13,6 +13,7 @@ import pytest
 from actors.aligner import AlignerConfig
 from actors.board import Board, Snapshot
 from actors.contract import ConfigError
+from actors.engines.prompts import load_tokenizer
 from actors.policy import PolicyConfig
 from pipelines import estimate, report
 from pipelines.corpus.plan import Plan
@@ -59,7 +60,7 @@ def row(text: str | None, stored: list[str] | None = None) -> dict[str, Any]:
 
 def count(model: str, text: str) -> int:
     """Tokens of a chat of one message, by the tokenizer alone."""
-    tokenizer = estimate.tokenizer(model, None)
+    tokenizer = load_tokenizer(model)
     whole = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
     return len(tokenizer(whole, add_special_tokens=False)["input_ids"])
 

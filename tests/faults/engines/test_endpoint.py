@@ -87,6 +87,7 @@ def test_an_outage_of_the_endpoint_is_waited_out_and_quarantines_nothing(
     check(tmp_path / "out")
 
 
+@pytest.mark.long
 def test_an_outage_that_lasts_ends_the_job_with_5_and_the_same_command_goes_on(
     command_line: CommandLine, endpoint: Endpoint, tmp_path: Path
 ) -> None:

@@ -54,6 +54,7 @@ def test_expired_credentials_are_one_line_and_exit_code_2(site: Site) -> None:
     assert re.match(r"error: s3://.* refuses: .*token has expired", line)
 
 
+@pytest.mark.long
 def test_an_outage_that_outlasts_the_jobs_patience_is_exit_code_5_and_nothing_is_lost(site: Site) -> None:
     site.proxy.rules = [Rule("slow_down", "PUT", UNITS, first=6, times=WHENEVER)]
     site.run("site.storage_retry_s=2").expect(5)

@@ -328,6 +328,7 @@ def test_a_publisher_killed_before_any_change_leaves_what_the_next_one_completes
     assert _crash_everywhere(lambda: new_root(tmp_path, next(numbers))) >= 7
 
 
+@pytest.mark.long
 def test_a_publisher_killed_before_any_change_on_s3_leaves_what_the_next_one_completes(
     s3_output: Storage,
 ) -> None:
