@@ -4,6 +4,7 @@ import logging
 import time
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -22,10 +23,11 @@ from pipelines.cluster import join_or_start, told_by
 from pipelines.corpus.attempts import Attempts
 from pipelines.corpus.commit import Committer
 from pipelines.corpus.plan import Plan
-from pipelines.corpus.read import UnitSource
+from pipelines.corpus.read import read_spans
 from pipelines.corpus.runs import digest, write_pace
 from pipelines.corpus.shards import Input
 from pipelines.corpus.storage import Storage
+from pipelines.corpus.tasks import Tasks, grouped
 from pipelines.placement import Need, node_ids, wait_until_placeable
 from pipelines.progress import Tally, read_board, shown
 from pipelines.settings import AlignCorpusConfig, JobConfig, fingerprint, pools, rewards
@@ -33,6 +35,9 @@ from pipelines.settings import AlignCorpusConfig, JobConfig, fingerprint, pools,
 READ_CPUS = 0.25
 COMMIT_CPUS = 0.25
 READERS = 2
+UNITS_PER_READ = 64
+"""Units of small row groups that share a read task: 100,000 tasks of one unit each would take Ray 100 s to make."""
+
 COMMITS_AT_ONCE = 8
 AHEAD = 4
 
@@ -130,9 +135,9 @@ def pipeline(
     sharers = sum(pool.most_replicas for pool in on_cpus)
     shared = {"board": board, "sharers": sharers, "notes": notes, "max_attempts": config.run.max_attempts}
     places = node_ids(needs(config))
-    units = UnitSource(source, config.input, plan.spans)
+    calls = [partial(read_spans, source, config.input, spans) for spans in grouped(plan.spans, UNITS_PER_READ)]
     dataset = ray.data.read_datasource(
-        units, num_cpus=READ_CPUS, concurrency=READERS, override_num_blocks=units.num_tasks
+        Tasks(calls), num_cpus=READ_CPUS, concurrency=READERS, override_num_blocks=len(calls)
     )
     if isinstance(config, AlignCorpusConfig):
         dataset = _answered_and_aligned(dataset, config, places, shared)

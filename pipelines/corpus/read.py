@@ -12,9 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from ray.data import Datasource
-from ray.data.block import Block, BlockMetadata
-from ray.data.datasource import ReadTask
+from ray.data.block import Block
 
 from actors.contract import MESSAGE, PROBLEM, PROMPT, REWARDS, pack
 from pipelines.corpus.parquet import Watched, first_line, is_damage
@@ -22,9 +20,6 @@ from pipelines.corpus.published import CorpusConfig
 from pipelines.corpus.schema import SOURCE
 from pipelines.corpus.shards import Input, InputConfig, Shard, is_string, shard_record
 from pipelines.corpus.units import Unit, cut
-
-UNITS_PER_READ = 64
-"""Units of small row groups that share a read task: 100,000 tasks of one unit each would take Ray 100 s to make."""
 
 BATCH_ROWS = 256
 """Rows that are decoded at once, at least: damage costs its batch and those after it."""
@@ -52,45 +47,6 @@ class Span:
     @property
     def num_rows(self) -> int:
         return sum(unit.num_rows for unit in self.units)
-
-
-class UnitSource(Datasource):  # type: ignore[misc]  # Ray has no types
-    """A Ray Data source of packed units, made lazily: a read task walks many and is held back when they pile up."""
-
-    def __init__(self, source: Input, config: InputConfig | CorpusConfig, spans: tuple[Span, ...]) -> None:
-        super().__init__()
-        self._source, self._config = source, config
-        self._tasks = list(_tasks(spans))
-
-    @property
-    def num_tasks(self) -> int:
-        return len(self._tasks)
-
-    def get_name(self) -> str:
-        return "Units"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-        unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
-        source, config = self._source, self._config
-
-        def task(spans: list[Span]) -> ReadTask:
-            return ReadTask(lambda: read_spans(source, config, spans), unknown)
-
-        return [task(spans) for spans in self._tasks]
-
-
-def _tasks(spans: tuple[Span, ...]) -> Iterator[list[Span]]:
-    held: list[Span] = []
-    for span in spans:
-        held.append(span)
-        if sum(len(each.units) for each in held) >= UNITS_PER_READ:
-            yield held
-            held = []
-    if held:
-        yield held
 
 
 def read_spans(source: Input, config: InputConfig | CorpusConfig, spans: list[Span]) -> Iterator[Block]:

@@ -3,7 +3,7 @@
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,39 +11,16 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import Datasource
-from ray.data.block import BlockMetadata
-from ray.data.datasource import ReadTask
 
 from pipelines import report
-from pipelines.cluster import join_or_start, told_by
+from pipelines.cluster import told_by
 from pipelines.corpus.plan import Plan
-from pipelines.corpus.read import Span
+from pipelines.corpus.tasks import Call, Tasks, grouped
 from pipelines.preferences.build import Builder
 from pipelines.preferences.index import duplicates, missing, write_index
 from pipelines.preferences.settings import BuildPreferencesConfig
 
 UNITS_PER_TASK = 8
-
-Call = Callable[[], Iterator[pa.Table]]
-
-
-class Calls(Datasource):  # type: ignore[misc]  # Ray has no types
-    """A Ray Data source whose tasks do the work themselves: what travels are their one-row reports."""
-
-    def __init__(self, calls: Sequence[Call]) -> None:
-        super().__init__()
-        self._calls = list(calls)
-
-    def get_name(self) -> str:
-        return "Units"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-        unknown = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
-        return [ReadTask(call, unknown) for call in self._calls]
 
 
 def run(config: BuildPreferencesConfig, calls: Sequence[Call]) -> Iterator[dict[str, Any]]:
@@ -51,8 +28,6 @@ def run(config: BuildPreferencesConfig, calls: Sequence[Call]) -> Iterator[dict[
 
     Raises ConfigError for a mistake that only a task could find.
     """
-    if not ray.is_initialized():
-        join_or_start(config.site.ray_address, config.run.num_workers)
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 1  # every report a block of its own: it is told at once
     context.enable_progress_bars = False
@@ -61,7 +36,7 @@ def run(config: BuildPreferencesConfig, calls: Sequence[Call]) -> Iterator[dict[
     warnings.filterwarnings("ignore", module=r"ray\.data")
     num_workers = config.run.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     reports = ray.data.read_datasource(
-        Calls(calls), num_cpus=1, concurrency=num_workers, override_num_blocks=len(calls)
+        Tasks(calls), num_cpus=1, concurrency=num_workers, override_num_blocks=len(calls)
     )
     try:
         yield from reports.iter_rows()
@@ -84,7 +59,7 @@ def build_all(config: BuildPreferencesConfig, builder: Builder, plan: Plan) -> N
             report.say(f"indexed: {num_rows} prompts of {len(index)} parts")
         again = duplicates(builder.output, listing, config.prompts)
     calls = []
-    for spans in _tasks(plan.spans):
+    for spans in grouped(plan.spans, UNITS_PER_TASK):
         rows_again = {
             unit.name: np.flatnonzero(again[span.shard.listed.path][unit.start : unit.stop])
             for span in spans
@@ -105,15 +80,3 @@ def build_all(config: BuildPreferencesConfig, builder: Builder, plan: Plan) -> N
 
 def _indexed(builder: Builder, listed: Any, dedup: str) -> Iterator[pa.Table]:
     yield write_index(builder.source, builder.output, listed, dedup)
-
-
-def _tasks(spans: Sequence[Span]) -> Iterator[list[Span]]:
-    """The spans in groups of about UNITS_PER_TASK units; a row group's units stay together, for it is read once."""
-    held: list[Span] = []
-    for span in spans:
-        held.append(span)
-        if sum(len(each.units) for each in held) >= UNITS_PER_TASK:
-            yield held
-            held = []
-    if held:
-        yield held

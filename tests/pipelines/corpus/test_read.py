@@ -5,6 +5,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 
 from actors.contract import PROBLEM, PROMPT, ConfigError, label, unpack
 from pipelines.corpus import schema
-from pipelines.corpus.read import Span, UnitSource, WholeRows, prompt_hash, read_checked, read_spans
+from pipelines.corpus.read import Span, WholeRows, prompt_hash, read_checked, read_spans
 from pipelines.corpus.shards import Input, InputConfig, Shard
+from pipelines.corpus.tasks import Tasks, grouped
 from pipelines.corpus.units import Unit
 from tests.pipelines.corpus.fabricate import only_shard, whole_groups, write_shard
 
@@ -539,8 +541,7 @@ def test_units_travel_one_a_row_with_their_name_and_shard_and_unpack_to_their_ro
     shard = only_shard(source, config)
     spans = tuple(whole_groups(shard))
 
-    tasks = UnitSource(source, config, spans).get_read_tasks(4)
-    packed = [block for task in tasks for block in task()]
+    packed = list(read_spans(source, config, list(spans)))
 
     assert [each.num_rows for each in packed] == [1, 1]
     assert [label(each, "unit") for each in packed] == [unit.name for span in spans for unit in span.units]
@@ -553,9 +554,9 @@ def test_units_travel_one_a_row_with_their_name_and_shard_and_unpack_to_their_ro
 def test_a_read_task_holds_many_small_row_groups_and_every_unit_once(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", 200, row_group_size=1)
     source = Input(str(tmp_path))
-    spans = tuple(whole_groups(only_shard(source, CONFIG)))
-    units = UnitSource(source, CONFIG, spans)
-    tasks = units.get_read_tasks(1)
-    assert 1 < len(tasks) == units.num_tasks < 10
+    spans = whole_groups(only_shard(source, CONFIG))
+    calls = [partial(read_spans, source, CONFIG, group) for group in grouped(spans, 64)]
+    tasks = Tasks(calls).get_read_tasks(1)
+    assert len(tasks) == 4
     rows = [row for task in tasks for block in task() for row in unpack(block)["source"].to_pylist()]
     assert [row["row"] for row in rows] == list(range(200))
