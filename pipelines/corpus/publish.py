@@ -1,6 +1,5 @@
 """Publishing: committed units become a numbered partition, exactly once, whoever crashes or races on the way."""
 
-import hashlib
 import json
 import os
 import time
@@ -319,14 +318,9 @@ def _write(path: Path, tables: Iterator[pa.Table], metadata: Callable[[], dict[b
 
 def _described(output: Storage, path: str) -> tuple[dict[str, Any], dict[bytes, bytes]]:
     """A part as the manifest records it, and its key-value metadata."""
-    checksum, size = hashlib.sha256(), 0
-    with output.fs.open(output.path(path)) as file:
-        while chunk := file.read(1 << 22):
-            checksum.update(chunk)
-            size += len(chunk)
-    footer, _ = read_footer(output.fs, output.path(path), size)
-    record = {"path": path, "num_rows": footer.num_rows, "num_bytes": size, "sha256": checksum.hexdigest()}
-    return record, footer.metadata or {}
+    told = output.checksum(path)
+    footer, _ = read_footer(output.fs, output.path(path), told["num_bytes"])
+    return {"path": path, "num_rows": footer.num_rows, **told}, footer.metadata or {}
 
 
 def _row_groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:

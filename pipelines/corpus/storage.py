@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import errno
+import hashlib
 import os
 import tempfile
 import time
@@ -87,6 +88,15 @@ class Storage:
     def read(self, path: str) -> bytes:
         """The object's bytes. Raises FileNotFoundError."""
         return self.fs.cat_file(self.path(path))
+
+    def checksum(self, path: str) -> dict[str, Any]:
+        """`num_bytes` and `sha256` (hex) of an object, as manifests tell them. Raises FileNotFoundError."""
+        digest, size = hashlib.sha256(), 0
+        with self.fs.open(self.path(path)) as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+                size += len(chunk)
+        return {"num_bytes": size, "sha256": digest.hexdigest()}
 
     def exists(self, path: str) -> bool:
         self.fs.invalidate_cache()

@@ -1,6 +1,5 @@
 """What a preference dataset's partitions hold: how built units become parts, and what their manifests and card tell."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -106,12 +105,7 @@ def _write_jsonl(output: Storage, part: dict[str, Any]) -> dict[str, Any]:
 
     if not output.exists(path):
         output.create_file(path, write)
-    checksum, size = hashlib.sha256(), 0
-    with output.fs.open(output.path(path)) as file:
-        while chunk := file.read(1 << 22):
-            checksum.update(chunk)
-            size += len(chunk)
-    return {"path": path, "num_rows": part["num_rows"], "num_bytes": size, "sha256": checksum.hexdigest()}
+    return {"path": path, "num_rows": part["num_rows"], **output.checksum(path)}
 
 
 # --- card -----------------------------------------------------------------------------------------------------------
