@@ -1,14 +1,16 @@
 """A real S3 server on the loopback that can be killed and started again on what it had stored."""
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 BUCKET = "testbucket"
@@ -72,6 +74,21 @@ class S3Server:
             time.sleep(0.05)
         self.kill()
         raise RuntimeError(f"the S3 server did not start:\n{self._log.read_text(errors='replace')[-4000:]}")
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[tuple[S3Server, Path]]:
+    """A server that runs, and a folder besides its own; both are gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="burnish-s3-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        (folder / "s3").mkdir()
+        (folder / "files").mkdir()
+        server = S3Server(folder / "s3")
+        server.start()
+        try:
+            yield server, folder / "files"
+        finally:
+            server.kill()
 
 
 def _free_ports(count: int) -> list[int]:

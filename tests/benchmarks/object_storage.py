@@ -11,10 +11,8 @@ Figures are printed; nothing is asserted.
 import argparse
 import hashlib
 import os
-import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +29,7 @@ from pipelines.corpus.shards import Input, Listed
 from pipelines.corpus.state import read_state
 from pipelines.corpus.storage import Storage
 from pipelines.corpus.units import Unit
-from tests.s3_server import BUCKET, ENVIRONMENT, S3Server
+from tests.s3_server import BUCKET, ENVIRONMENT, S3Server, s3_server
 
 GROUP_ROWS = 16_384
 NUM_GROUPS = 16
@@ -132,17 +130,10 @@ def main() -> None:
     parser.add_argument("--units", type=int, default=10_000, help="to be listed; 0: leave it out")
     arguments = parser.parse_args()
     os.environ.update(ENVIRONMENT)
-    folder = Path(tempfile.mkdtemp(prefix="object-storage-"))
-    (folder / "s3").mkdir()
-    server = S3Server(folder / "s3")
-    server.start()
-    try:
+    with s3_server() as (server, folder):
         compare_reads(server, folder, arguments.repeats)
         if arguments.units:
             compare_listings(server, arguments.units, arguments.repeats)
-    finally:
-        server.kill()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

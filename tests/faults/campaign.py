@@ -16,9 +16,7 @@ import json
 import os
 import random
 import re
-import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -36,7 +34,7 @@ from aiohttp import web
 from tests.end_to_end.jobs import CommandLine, Job, Row, plain_environment
 from tests.faults.proxy import FaultProxy, Head, Rule
 from tests.faults.store import published, upload, write_prompts
-from tests.s3_server import BUCKET, ENVIRONMENT, S3Server
+from tests.s3_server import BUCKET, ENVIRONMENT, S3Server, s3_server
 
 ROUND_LIMIT_S = 600.0
 ANSWER_S = 0.25
@@ -355,18 +353,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=600, help="begin no further round after so long")
     arguments = parser.parse_args()
     os.environ.update(ENVIRONMENT)
-    folder = Path(tempfile.mkdtemp(prefix="campaign-"))
-    (folder / "s3").mkdir()
-    server = S3Server(folder / "s3")
-    server.start()
-    try:
+    with s3_server() as (server, folder):
         outcome = campaign(
             server, folder, num_kills=arguments.kills, kills_a_round=arguments.kills_a_round, num_shards=4,
             seed=arguments.seed, minutes=arguments.minutes, say=lambda line: print(line, flush=True),
         )  # fmt: skip
-    finally:
-        server.kill()
-        shutil.rmtree(folder, ignore_errors=True)
     print(outcome.table())
     return 1 if outcome.failures else 0
 
