@@ -34,19 +34,34 @@ def build_engine(
 def _build_here(config: EngineConfig, num_threads: int) -> Engine:
     """The engine itself, in this process."""
     if config.engine == "vllm":
-        try:
-            from vllm import __version__  # noqa: F401
-        except ImportError as error:
-            raise ConfigError(f"engine is vllm, but vllm cannot be imported here ({error})") from error
+        require_vllm()
         from actors.engines.vllm_engine import VllmEngine
 
         return VllmEngine(config, num_threads)
-    if config.device == "cpu":  # before torch looks: transformers splits a model over GPUs wherever there is one
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    followers = None
-    if config.tensor_parallel_size > 1:
-        num_threads = max(1, num_threads // config.tensor_parallel_size)
-        followers = Followers(config, num_threads)
+    num_threads, followers = prepare_torch(config, num_threads, "actors.engines.torch_model")
     from actors.engines.torch_engine import TorchEngine  # torch and transformers take seconds to import
 
     return TorchEngine(config, num_threads, followers)
+
+
+def require_vllm() -> None:
+    """Raises ConfigError where vllm cannot be imported."""
+    try:
+        from vllm import __version__  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"engine is vllm, but vllm cannot be imported here ({error})") from error
+
+
+def prepare_torch(config: EngineConfig, num_threads: int, life: str) -> tuple[int, Followers | None]:
+    """What comes before torch is imported: (CPU threads of each rank, the other ranks where there are any).
+
+    Args:
+        num_threads: CPU threads of all ranks together.
+        life: the module whose `follow` the other ranks run.
+    """
+    if config.device == "cpu":  # before torch looks: transformers splits a model over GPUs wherever there is one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if config.tensor_parallel_size == 1:
+        return num_threads, None
+    num_threads = max(1, num_threads // config.tensor_parallel_size)
+    return num_threads, Followers(config, num_threads, life)

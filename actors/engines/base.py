@@ -1,5 +1,7 @@
 """The contract of an engine: requests in, completions out, asynchronously, many at once."""
 
+import asyncio
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
@@ -245,3 +247,18 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the model and end every thread or process of the engine."""
         ...
+
+
+def settle(loop: asyncio.AbstractEventLoop, future: "asyncio.Future[Any]", result: Any) -> None:
+    """Hand a result, or an exception, from an engine's thread to who waits for it in `loop`, if anyone still does."""
+
+    def wake() -> None:
+        if future.done():
+            return
+        if isinstance(result, BaseException):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+
+    with contextlib.suppress(RuntimeError):  # the caller's event loop is closed: nobody waits
+        loop.call_soon_threadsafe(wake)

@@ -1,7 +1,6 @@
 """An engine in a process of its own: what kills the engine (a CUDA error, the OOM killer) does not kill the actor."""
 
 import asyncio
-import contextlib
 import os
 import pickle
 import subprocess
@@ -14,7 +13,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from actors.contract import ConfigError, RowError
-from actors.engines.base import Completion, Engine, EngineConfig, EngineStats, Request
+from actors.engines.base import Completion, Engine, EngineConfig, EngineStats, Request, settle
 
 STATS_EVERY_S = 0.5
 EXIT_WAIT_S = 10.0
@@ -133,13 +132,13 @@ class EngineProcess:
             with self._state:
                 entry = self._pending.pop(number, None)
             if entry:
-                _settle(*entry, result)
+                settle(*entry, result)
         self._child.wait()
         with self._state:
             self._dead = True
             pending, self._pending = self._pending, {}
         for entry in pending.values():
-            _settle(*entry, EngineDied(self._obituary()))
+            settle(*entry, EngineDied(self._obituary()))
 
     def _obituary(self) -> str:
         code = self._child.wait()
@@ -148,21 +147,6 @@ class EngineProcess:
             if code < 0
             else f"the engine's process ended with {code}"
         )
-
-
-def _settle(
-    loop: asyncio.AbstractEventLoop, future: "asyncio.Future[Completion]", result: Completion | BaseException
-) -> None:
-    def settle() -> None:
-        if future.done():
-            return
-        if isinstance(result, BaseException):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
-
-    with contextlib.suppress(RuntimeError):  # the caller's event loop is closed: nobody waits
-        loop.call_soon_threadsafe(settle)
 
 
 # --- the child ------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ class Followers:
         store: descriptor of the file where the ranks meet, the same in all of them.
     """
 
-    def __init__(self, config: EngineConfig, num_threads: int, life: str = "actors.engines.torch_model") -> None:
+    def __init__(self, config: EngineConfig, num_threads: int, life: str) -> None:
         end_group_with_this_process()
         self.store = os.memfd_create("ranks")  # a file without a name: no death leaves it behind
         self._pipes: list[Connection] = []

@@ -4,12 +4,10 @@ With `tensor_parallel_size` > 1 this process is rank 0, and holds one shard of t
 """
 
 import asyncio
-import contextlib
 import threading
 import traceback
 
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.contract import ConfigError
@@ -18,7 +16,7 @@ from actors.decoding.forward import Forward
 from actors.decoding.loop import DecodeLoop, Row
 from actors.decoding.mirror import MirroredForward
 from actors.decoding.sampling import reserved
-from actors.engines.base import Completion, DraftingConfig, EngineConfig, EngineStats, Request
+from actors.engines.base import Completion, DraftingConfig, EngineConfig, EngineStats, Request, settle
 from actors.engines.footprint import longest
 from actors.engines.prompts import (
     before_unknown,
@@ -30,7 +28,7 @@ from actors.engines.prompts import (
     load_tokenizer,
 )
 from actors.engines.ranks import Followers
-from actors.engines.torch_model import check_shards, load_model, load_shard
+from actors.engines.torch_model import check_shards, leave, load_model, load_shard
 
 
 class TorchEngine:
@@ -157,12 +155,7 @@ class TorchEngine:
             self._state.notify()
         self._thread.join()
         del self._loop.forward
-        if self._followers is not None:
-            self._followers.dismiss()
-            dist.destroy_process_group()  # as they do, now that nobody tells them more
-            self._followers.close()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        leave(self._followers)
 
     def _decode(self, ids: list[int]) -> str:
         with self._tokenizer_lock:
@@ -218,20 +211,8 @@ class TorchEngine:
         """Wake the caller of a row, if it still waits."""
         with self._state:
             entry = self._pending.pop(row, None)
-        if entry is None:
-            return
-        caller, future = entry
-        with contextlib.suppress(RuntimeError):  # the caller's event loop is closed: nobody waits
-            caller.call_soon_threadsafe(_resolve, future, error)
-
-
-def _resolve(future: asyncio.Future[None], error: BaseException | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)
+        if entry is not None:
+            settle(*entry, error)
 
 
 def _eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

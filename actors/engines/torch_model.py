@@ -1,6 +1,7 @@
 """How the `torch` engine gets its model: whole, or one shard of it on every rank."""
 
 import os
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
@@ -15,7 +16,10 @@ from actors.decoding.forward import ATTENTION, Forward
 from actors.decoding.mirror import obey
 from actors.engines.base import EngineConfig
 from actors.engines.prompts import load_failure
-from actors.engines.ranks import commands
+from actors.engines.ranks import Followers, commands
+
+Load = Callable[[Any], PreTrainedModel]
+"""Loads a model as its config says; of a rank, its shard."""
 
 FAILURE_WAIT_S = 10.0
 """How long a rank that cannot load its shard waits for rank 0 to find the same, and to tell it as a user's mistake."""
@@ -71,14 +75,15 @@ def check_shards(config: EngineConfig) -> None:
     device_of(config)
 
 
-def load_shard(config: EngineConfig, rank: int, store: int) -> PreTrainedModel:
+def load_shard(config: EngineConfig, rank: int, store: int, load: Load = load_model) -> PreTrainedModel:
     """Load a rank's shard of the model; returns when every rank has loaded its own. Raises ConfigError in one line.
 
     Args:
         store: descriptor of the file where the ranks meet.
+        load: loads the shard when the ranks have met.
     """
     join_ranks(rank, config.tensor_parallel_size, store, device_of(config))
-    model = load_model(config)
+    model = load(config)
     dist.barrier()
     return model
 
@@ -94,19 +99,45 @@ def join_ranks(rank: int, size: int, store: int, device: Literal["cpu", "cuda"])
 
 
 def follow(descriptor: int) -> None:
-    """The life of a rank above 0: do with its shard what rank 0 does with its own, until that dismisses it."""
+    """The life of a rank above 0 of the `torch` engine."""
+
+    def obedient(model: PreTrainedModel) -> Callable[[tuple[Any, ...]], None]:
+        forward = Forward(model)
+        return lambda command: obey(forward, command)
+
+    live(descriptor, load_model, obedient)
+
+
+def live(descriptor: int, load: Load, ready: Callable[[PreTrainedModel], Callable[[tuple[Any, ...]], None]]) -> None:
+    """Do with a rank's shard what rank 0 does with its own, until that dismisses it.
+
+    Args:
+        descriptor: of the pipe from rank 0.
+        load: as of `load_shard`.
+        ready: of the shard: what obeys a command of rank 0.
+    """
     pipe = Connection(descriptor)
     config, rank, store, num_threads = pipe.recv()
     torch.set_num_threads(num_threads)
     try:
-        forward = Forward(load_shard(config, rank, store))
+        run = ready(load_shard(config, rank, store, load))
     except ConfigError:
         if pipe.poll(FAILURE_WAIT_S):  # rank 0 is gone
             return
         raise
     for command in commands(pipe):
-        obey(forward, command)
+        run(command)
     dist.destroy_process_group()
+
+
+def leave(followers: Followers | None) -> None:
+    """Rank 0 ends with the others, where there are any. Before it whatever holds the model is to be deleted."""
+    if followers is not None:
+        followers.dismiss()
+        dist.destroy_process_group()  # as they do, now that nobody tells them more
+        followers.close()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def device_of(config: EngineConfig) -> Literal["cpu", "cuda"]:

@@ -1,13 +1,11 @@
 """Engines that score: a chat with its answer in, a number out; this is the one place that knows their names."""
 
-import os
 from typing import TYPE_CHECKING
 
-from actors.contract import ConfigError
+from actors.engines import prepare_torch, require_vllm
 from actors.engines.base import Engine, EngineConfig, ScoringConfig
 from actors.engines.by_url import on_this_node
 from actors.engines.hosted import MAX_ATTEMPTS, HostedEngine, Remember, forget
-from actors.engines.ranks import Followers
 
 if TYPE_CHECKING:
     from actors.reward import RewardConfig
@@ -39,19 +37,11 @@ def _build_here(config: EngineConfig, num_threads: int) -> Engine:
     """The engine itself, in this process."""
     assert isinstance(config, ScoringConfig)
     if config.engine == "vllm":
-        try:
-            from vllm import __version__  # noqa: F401
-        except ImportError as error:
-            raise ConfigError(f"engine is vllm, but vllm cannot be imported here ({error})") from error
+        require_vllm()
         from actors.rewards.pooling import PoolingEngine
 
         return PoolingEngine(config, num_threads)
-    if config.device == "cpu":  # before torch looks: transformers splits a model over GPUs wherever there is one
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    followers = None
-    if config.tensor_parallel_size > 1:
-        num_threads = max(1, num_threads // config.tensor_parallel_size)
-        followers = Followers(config, num_threads, "actors.rewards.classifier")
+    num_threads, followers = prepare_torch(config, num_threads, "actors.rewards.classifier")
     from actors.rewards.classifier import Classifier  # torch and transformers take seconds to import
 
     return Classifier(config, num_threads, followers)

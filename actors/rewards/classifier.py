@@ -9,21 +9,20 @@ import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from actors.contract import ConfigError
-from actors.engines.base import Completion, EngineStats, Request, ScoringConfig
+from actors.engines.base import Completion, EngineStats, Request, ScoringConfig, settle
 from actors.engines.footprint import longest
 from actors.engines.prompts import check_room, load_failure, load_tokenizer
-from actors.engines.ranks import Followers, commands
-from actors.engines.torch_model import FAILURE_WAIT_S, check_shards, device_of, join_ranks
+from actors.engines.ranks import Followers
+from actors.engines.torch_model import check_shards, device_of, leave, live, load_shard
 from actors.rewards.heads import check_head, scored_ids
 
 
@@ -54,7 +53,7 @@ class Classifier:
             self._model = load_classifier(config)
         else:
             check_shards(config)
-            self._model = load_shard(config, 0, followers.store)
+            self._model = load_shard(config, 0, followers.store, load_classifier)
         self._limit = longest(self._model.config, config.max_model_len)
         self._state = threading.Condition()  # guards the four below
         self._waiting: list[Asked] = []
@@ -103,12 +102,7 @@ class Classifier:
             self._state.notify()
         self._thread.join()
         del self._model
-        if self._followers is not None:
-            self._followers.dismiss()
-            dist.destroy_process_group()  # as they do, now that nobody tells them more
-            self._followers.close()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        leave(self._followers)
 
     def _run(self) -> None:
         """The thread: batch after batch, as long as there are texts."""
@@ -124,7 +118,7 @@ class Classifier:
                     self._num_running = 0
                     self._num_tokens += sum(map(len, ids))
                 for asked, score in zip(batch, scores, strict=True):
-                    _settle(asked, score)
+                    settle(asked.caller, asked.future, score)
             error: BaseException = RuntimeError("the classifier is closed")
         except BaseException as caught:  # whatever it is, those who wait must hear of it
             error = caught
@@ -132,12 +126,12 @@ class Classifier:
                 traceback.print_exc()
                 self._followers.abandon()
             for asked in batch:
-                _settle(asked, error)
+                settle(asked.caller, asked.future, error)
         with self._state:
             self._error = error
             waiting, self._waiting = self._waiting, []
         for asked in waiting:
-            _settle(asked, error)
+            settle(asked.caller, asked.future, error)
 
     def _taken(self) -> list[Asked]:
         """Wait for texts and take a batch of them; [] when the engine closes."""
@@ -224,40 +218,10 @@ def load_classifier(config: ScoringConfig) -> PreTrainedModel:
     return moved
 
 
-def load_shard(config: ScoringConfig, rank: int, store: int) -> PreTrainedModel:
-    """Load a rank's shard; returns when every rank has loaded its own. `store` is the file where they meet."""
-    join_ranks(rank, config.tensor_parallel_size, store, device_of(config))
-    model = load_classifier(config)
-    dist.barrier()
-    return model
-
-
 def follow(descriptor: int) -> None:
-    """The life of a rank above 0: run the batches that rank 0 runs, until that dismisses it."""
-    pipe = Connection(descriptor)
-    config, rank, store, num_threads = pipe.recv()
-    torch.set_num_threads(num_threads)
-    try:
-        model = load_shard(config, rank, store)
-    except ConfigError:
-        if pipe.poll(FAILURE_WAIT_S):  # rank 0 is gone
-            return
-        raise
-    for (ids,) in commands(pipe):
-        score_batch(model, ids)
-    dist.destroy_process_group()
+    """The life of a rank above 0: run the batches that rank 0 runs."""
+    live(descriptor, load_classifier, lambda model: partial(_obey, model))
 
 
-def _settle(asked: Asked, result: float | BaseException) -> None:
-    """Wake who waits, if anyone still does."""
-
-    def settle() -> None:
-        if asked.future.done():
-            return
-        if isinstance(result, BaseException):
-            asked.future.set_exception(result)
-        else:
-            asked.future.set_result(result)
-
-    with contextlib.suppress(RuntimeError):  # the caller's event loop is closed: nobody waits
-        asked.caller.call_soon_threadsafe(settle)
+def _obey(model: PreTrainedModel, command: tuple[list[list[int]]]) -> None:
+    score_batch(model, *command)
