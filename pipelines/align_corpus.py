@@ -16,6 +16,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root instead of th
 
 from pipelines.config import compose
 from pipelines.corpus.shards import Input
+from pipelines.corpus.storage import Storage
+from pipelines.corpus_job import CorpusJob
 from pipelines.job import exit_code, run_job
 from pipelines.settings import AlignCorpusConfig, pin_models
 
@@ -35,7 +37,8 @@ def align_corpus(argv: list[str]) -> int:
         groups=("policy", "aligner", "reward", "site"),
     )
     source = Input(config.input.path, config.site.storage_options, config.site.storage_retry_s)
-    return run_job(pin_models(config), source, flags)
+    output = Storage(config.output.root, config.site.storage_options, config.site.storage_retry_s)
+    return run_job(CorpusJob(pin_models(config), source, output), flags)
 
 
 if __name__ == "__main__":

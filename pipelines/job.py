@@ -2,20 +2,24 @@
 
 import signal
 import sys
-from collections.abc import Callable
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from actors.contract import ConfigError, TransientError
 from pipelines import report
-from pipelines.config import Flags
+from pipelines.config import Flags, resolved
 from pipelines.corpus.lease import Held, Lease
 from pipelines.corpus.plan import Plan, make_plan
-from pipelines.corpus.publish import Published, publish
-from pipelines.corpus.runs import check_fingerprint, check_input_root, create_run, digest, latest_pace, making_run
-from pipelines.corpus.shards import Input
+from pipelines.corpus.publish import Published
+from pipelines.corpus.published import CorpusConfig
+from pipelines.corpus.runs import check_fingerprint, check_input_root, create_run, digest, making_run
+from pipelines.corpus.shards import Input, InputConfig
 from pipelines.corpus.state import read_state
 from pipelines.corpus.storage import Storage
-from pipelines.settings import JobConfig, fingerprint, run_record
-from pipelines.stream import connect, stream
+from pipelines.preferences.settings import BuildPreferencesConfig
+from pipelines.settings import JobConfig, code_version
 
 DONE, USER_ERROR, NOT_CLEAN, OUTAGE, INTERRUPTED = 0, 2, 3, 5, 130
 
@@ -23,8 +27,8 @@ DONE, USER_ERROR, NOT_CLEAN, OUTAGE, INTERRUPTED = 0, 2, 3, 5, 130
 def exit_code(work: Callable[[], int]) -> int:
     """The exit code of a job's work, and a line for what ended it.
 
-    0 done, 2 the user's mistake, 3 bad shards or too much quarantined, 5 an outage, 130 interrupted; 4, a stall, ends
-    the process from within `pipelines.progress`.
+    0 done, 2 the user's mistake, 3 bad shards or rows that must not be published, 5 an outage, 130 interrupted; 4, a
+    stall, ends the process from within `pipelines.progress`.
     """
     try:
         return work()
@@ -40,73 +44,138 @@ def exit_code(work: Callable[[], int]) -> int:
         return INTERRUPTED
 
 
-def run_job(config: JobConfig, source: Input, flags: Flags) -> int:
+class Job(ABC):
+    """Rows of an input become rows under an output root: what is special to each of the jobs.
+
+    Args:
+        config: the whole of it.
+        source: the input's shards.
+        columns: how they are read.
+        output: the output root.
+    """
+
+    retry_quarantined: str | None = None
+    """Cause of the published quarantined rows that are made again."""
+
+    def __init__(
+        self,
+        config: JobConfig | BuildPreferencesConfig,
+        source: Input,
+        columns: InputConfig | CorpusConfig,
+        output: Storage,
+    ) -> None:
+        self._settings = config
+        self.run, self.source, self.columns, self.output = config.run, source, columns, output
+
+    @abstractmethod
+    def fingerprint(self, kept_types: Mapping[str, str]) -> dict[str, Any]:
+        """Everything that can change a row, by dotted key: what two runs must share to make rows that go together."""
+
+    @abstractmethod
+    def told(self, plan: Plan) -> dict[str, Any]:
+        """What the run record keeps besides what every job's does."""
+
+    @abstractmethod
+    def despite(self, plan: Plan) -> str | None:
+        """What to say when bad shards keep the job from beginning; None where it does the others."""
+
+    @abstractmethod
+    def connect(self) -> None:
+        """Join the cluster, or start one. Raises ConfigError or TransientError where the job does not fit on it."""
+
+    @abstractmethod
+    def make(self, plan: Plan, run: int) -> None:
+        """Make and commit every unit of the plan, which has some, as run `run`."""
+
+    @abstractmethod
+    def publish(self, plan: Plan) -> Published:
+        """Publish what is committed."""
+
+    @abstractmethod
+    def print_dry_run(self, plan: Plan) -> None:
+        """Print what a run would do."""
+
+    @abstractmethod
+    def print_summary(self, plan: Plan, published: Published) -> None:
+        """Print what a run has done."""
+
+    def planned(self, limit: int | None) -> Plan:
+        """What is to be made, of `limit` rows at most.
+
+        Raises ConfigError where the rows would not go together with those that are there.
+        """
+        state = read_state(self.output)
+        before = making_run(self.output, state)
+        check_input_root(
+            before["input_root"] if before else self.source.root_url,
+            self.source.root_url,
+            has_rows=bool(state.committed or state.partitions),
+            accept_changes=self.run.accept_changes,
+        )
+        plan = make_plan(
+            self.source,
+            self.columns,
+            self.output,
+            state,
+            unit_rows=self.run.unit_rows,
+            limit=limit,
+            retry_quarantined=self.retry_quarantined,
+            kept_types=before["kept_types"] if before else {},
+        )
+        check_fingerprint(
+            before["fingerprint"] if before else {},
+            self.fingerprint(plan.kept_types),
+            has_unpublished=bool(state.committed or state.unfinished),
+            has_published=bool(state.partitions),
+            accept_changes=self.run.accept_changes,
+        )
+        return plan
+
+    def record(self, plan: Plan) -> dict[str, Any]:
+        """What runs/<n>.json keeps: enough to make the same rows again, and to tell whether a later run would."""
+        made_of = self.fingerprint(plan.kept_types)
+        return {
+            "started_at": time.time(),
+            "code_version": code_version(),
+            "fingerprint": made_of,
+            "digest": digest(made_of),
+            "kept_types": plan.kept_types,
+            "input_root": self.source.root_url,
+            "num_units": plan.num_units,
+            "num_rows": plan.num_rows,
+            **self.told(plan),
+            "config": resolved(self._settings),
+        }
+
+
+def run_job(job: Job, flags: Flags) -> int:
     """Plan what is not done, make it, publish it; again where a unit turned out damaged. Returns the exit code."""
-    output = Storage(config.output.root, config.site.storage_options, config.site.storage_retry_s)
-    source.refuse_own_output(output)
+    job.source.refuse_own_output(job.output)
     if flags.dry_run:
-        plan = planned(config, source, output, flags.limit)
-        made_of = digest(fingerprint(config, plan.kept_types))
-        report.print_dry_run(config, source, plan, made_of, latest_pace(output))
+        job.print_dry_run(job.planned(flags.limit))
         return DONE
-    with Lease(output, config.run.lease_ttl_s, announce=report.say):
-        output.sweep()
-        plan = planned(config, source, output, flags.limit)
-        if plan.bad_shards and config.input.on_bad_shard == "fail":
-            report.print_bad_shards(plan)
+    with Lease(job.output, job.run.lease_ttl_s, announce=report.say):
+        job.output.sweep()
+        plan = job.planned(flags.limit)
+        refusal = job.despite(plan) if plan.bad_shards else None
+        if refusal:
+            report.print_bad_shards(plan, refusal)
             return NOT_CLEAN
-        published = make_and_publish(config, source, output, plan)
-        report.print_summary(config, output, plan, published)
+        published = make_and_publish(job, plan)
+        job.print_summary(plan, published)
         return NOT_CLEAN if plan.bad_shards or published.withheld else DONE
 
 
-def planned(config: JobConfig, source: Input, output: Storage, limit: int | None) -> Plan:
-    """What is to be made. Raises ConfigError where the rows would not go together with those that are there."""
-    state = read_state(output)
-    before = making_run(output, state)
-    check_input_root(
-        before["input_root"] if before else source.root_url,
-        source.root_url,
-        has_rows=bool(state.committed or state.partitions),
-        accept_changes=config.run.accept_changes,
-    )
-    plan = make_plan(
-        source,
-        config.input,
-        output,
-        state,
-        unit_rows=config.run.unit_rows,
-        limit=limit,
-        retry_quarantined=config.run.retry_quarantined,
-        kept_types=before["kept_types"] if before else {},
-    )
-    check_fingerprint(
-        before["fingerprint"] if before else {},
-        fingerprint(config, plan.kept_types),
-        has_unpublished=bool(state.committed or state.unfinished),
-        has_published=bool(state.partitions),
-        accept_changes=config.run.accept_changes,
-    )
-    return plan
-
-
-def make_and_publish(config: JobConfig, source: Input, output: Storage, plan: Plan) -> Published:
-    """Stream the plan's units through the pools, then publish what is committed."""
+def make_and_publish(job: Job, plan: Plan) -> Published:
+    """Make the plan's units, then publish what is committed."""
     partitions: list[int] = []
     while True:
         if plan.num_units:
-            connect(config)
-            run = create_run(output, run_record(config, source, plan))
-            stream(config, source, output, plan, run)
-        published = publish(
-            output,
-            config.output,
-            max_quarantined_fraction=config.run.max_quarantined_fraction,
-            accept_quarantined=config.run.accept_quarantined,
-            bad_shards=plan.bad_shards,
-        )
+            job.connect()
+            job.make(plan, create_run(job.output, job.record(plan)))
+        published = job.publish(plan)
         partitions.extend(published.partitions)
         if not published.lost:
             return Published(tuple(partitions), (), published.withheld)
         report.say(f"{len(published.lost)} unit files are damaged or gone and are made again")
-        plan = planned(config, source, output, limit=sum(unit.num_rows for unit in published.lost))
+        plan = job.planned(limit=sum(unit.num_rows for unit in published.lost))

@@ -38,10 +38,10 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def print_bad_shards(plan: Plan) -> None:
+def print_bad_shards(plan: Plan, advice: str) -> None:
     for shard in plan.bad_shards:
         say(f"error: shard {shard.path}: {shard.reason}")
-    say("error: nothing was done; input.on_bad_shard=skip does the other shards")
+    say(f"error: nothing was done; {advice}")
 
 
 def print_throughput(totals: dict[str, PoolTotals], tally: Tally, seconds: float) -> None:

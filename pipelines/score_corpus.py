@@ -15,6 +15,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root instead of th
 
 from pipelines.config import compose
 from pipelines.corpus.published import CorpusInput
+from pipelines.corpus.storage import Storage
+from pipelines.corpus_job import CorpusJob
 from pipelines.job import exit_code, run_job
 from pipelines.settings import ScoreCorpusConfig, pin_models
 
@@ -34,8 +36,9 @@ def score_corpus(argv: list[str]) -> int:
         groups=("reward", "site"),
     )
     source = CorpusInput(config.input.path, config.site.storage_options, config.site.storage_retry_s)
+    output = Storage(config.output.root, config.site.storage_options, config.site.storage_retry_s)
     config = replace(config, input=source.with_columns(config.input))
-    return run_job(pin_models(config), source, flags)
+    return run_job(CorpusJob(pin_models(config), source, output), flags)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Every key of the jobs that make and score a corpus, put together from the sections that the layers own."""
 
 import subprocess
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +18,11 @@ from actors.recipes import recipe_version
 from actors.reward import RewardConfig
 from actors.rewards import judge
 from actors.rewards.rules import rule_of, rules_identity
-from pipelines.config import changes_rows, resolved
+from pipelines.config import changes_rows
 from pipelines.corpus import schema
-from pipelines.corpus.plan import Plan
 from pipelines.corpus.publish import OutputConfig
 from pipelines.corpus.published import CorpusConfig
-from pipelines.corpus.runs import digest
-from pipelines.corpus.shards import Input, InputConfig
+from pipelines.corpus.shards import InputConfig
 from pipelines.corpus.storage import RETRY_S
 
 VERSION = "0.1.0"
@@ -130,7 +127,7 @@ class ScoreCorpusConfig:
 
 
 JobConfig = AlignCorpusConfig | ScoreCorpusConfig
-Job = TypeVar("Job", AlignCorpusConfig, ScoreCorpusConfig)
+Config = TypeVar("Config", AlignCorpusConfig, ScoreCorpusConfig)
 
 
 def _check_rewards(config: JobConfig) -> None:
@@ -142,7 +139,7 @@ def _check_rewards(config: JobConfig) -> None:
             )
 
 
-def pin_models(config: Job) -> Job:
+def pin_models(config: Config) -> Config:
     """The config with every model pinned to a folder, a commit or the versions of its files. Raises ConfigError where
     there is none, and TransientError where its store is out."""
 
@@ -231,24 +228,6 @@ def notes(config: JobConfig) -> list[str]:
             told = " + ".join(f"{weight:g} {name}" for name, weight in reward.rules.items() if weight)
             found.append(f"The reward {reward.label} is a sum of rules ({told}): not a measure of quality.")
     return found
-
-
-def run_record(config: JobConfig, source: Input, plan: Plan) -> dict[str, Any]:
-    """What runs/<n>.json keeps: enough to make the same rows again, and to tell whether a later run would."""
-    made_of = fingerprint(config, plan.kept_types)
-    return {
-        "started_at": time.time(),
-        "code_version": code_version(),
-        "fingerprint": made_of,
-        "digest": digest(made_of),
-        "kept_types": plan.kept_types,
-        "input_root": source.root_url,
-        "num_units": plan.num_units,
-        "num_rows": plan.num_rows,
-        "bad_shards": [{"path": shard.path, "reason": shard.reason} for shard in plan.bad_shards],
-        "notes": notes(config),
-        "config": resolved(config),
-    }
 
 
 def code_version() -> str:

@@ -1,6 +1,5 @@
-"""What makes a dataset's rows: the fingerprint that two runs must share, and the record that a run leaves."""
+"""What makes a dataset's rows: the fingerprint that two runs must share."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +8,9 @@ from typing import Any
 from actors.contract import ConfigError
 from actors.engines.base import EngineConfig
 from actors.engines.identity import identity
-from pipelines.config import changes_rows, resolved
-from pipelines.corpus.plan import Plan
-from pipelines.corpus.runs import digest
+from pipelines.config import changes_rows
 from pipelines.preferences import schema
-from pipelines.preferences.build import output_columns
 from pipelines.preferences.settings import BuildPreferencesConfig
-from pipelines.preferences.source import PublishedCorpus
-from pipelines.settings import code_version
 
 
 def pin_encoder(config: BuildPreferencesConfig) -> BuildPreferencesConfig:
@@ -40,22 +34,4 @@ def fingerprint(
         "prompts.decontaminate": benchmarks,
         "preferences.schema_version": schema.VERSION,
         **{f"input.keep_columns.{name}": dtype for name, dtype in sorted(kept_types.items())},
-    }
-
-
-def run_record(
-    config: BuildPreferencesConfig, source: PublishedCorpus, plan: Plan, made_of: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What runs/<n>.json keeps: enough to build the same rows again, and to tell whether a later run would."""
-    return {
-        "started_at": time.time(),
-        "code_version": code_version(),
-        "fingerprint": made_of,
-        "digest": digest(made_of),
-        "kept_types": plan.kept_types,
-        "columns": output_columns(config, plan.kept_types),
-        "input_root": source.root_url,
-        "num_units": plan.num_units,
-        "num_rows": plan.num_rows,
-        "config": resolved(config),
     }

@@ -1,6 +1,5 @@
-"""What the job prints besides its progress: the dry run's plan, parts that cannot be read, and the summary."""
+"""What the job prints besides its progress: the dry run's plan and the summary."""
 
-import sys
 from typing import Any
 
 from pipelines.corpus.plan import Plan
@@ -10,17 +9,7 @@ from pipelines.corpus.storage import Storage
 from pipelines.preferences import checks
 from pipelines.preferences.build import output_columns
 from pipelines.preferences.settings import BuildPreferencesConfig
-
-
-def say(text: str) -> None:
-    """A line for the person, apart from what the job prints as its result."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def print_bad_shards(plan: Plan) -> None:
-    for shard in plan.bad_shards:
-        say(f"error: {shard.path}: {shard.reason}")
-    say("error: nothing was done: these parts of the corpus cannot be read as the others can")
+from pipelines.report import say
 
 
 def print_dry_run(config: BuildPreferencesConfig, plan: Plan) -> None:

@@ -11,7 +11,6 @@ import pytest
 from actors.aligner import AlignerConfig
 from actors.contract import ConfigError
 from actors.policy import PolicyConfig
-from pipelines import job
 from pipelines.corpus.plan import Plan
 from pipelines.corpus.publish import OutputConfig, publish
 from pipelines.corpus.runs import create_run
@@ -19,7 +18,8 @@ from pipelines.corpus.shards import Input, InputConfig
 from pipelines.corpus.state import read_state
 from pipelines.corpus.storage import Storage
 from pipelines.corpus.units import Unit
-from pipelines.settings import AlignCorpusConfig, RunConfig, run_record
+from pipelines.corpus_job import CorpusJob
+from pipelines.settings import AlignCorpusConfig, RunConfig
 from tests.pipelines.corpus.fabricate import (
     check_exactly_once,
     check_published,
@@ -259,21 +259,21 @@ def test_retrying_rows_of_a_shard_that_is_gone_is_an_error(
 # --- the same input under another root ------------------------------------------------------------------------------
 
 
-def _job(path: Path, output: Storage, **run: Any) -> tuple[AlignCorpusConfig, Input, Plan]:
+def _job(path: Path, output: Storage, **run: Any) -> tuple[CorpusJob, Plan]:
     config = AlignCorpusConfig(
         input=InputConfig(path=str(path)),
         policy=PolicyConfig(model="p", engine="openai"),
         aligner=AlignerConfig(model="a", engine="stored"),
         run=RunConfig(**run),
     )
-    source = Input(config.input.path)
-    return config, source, job.planned(config, source, output, None)
+    job = CorpusJob(config, Input(config.input.path), output)
+    return job, job.planned(None)
 
 
 def _run_job(path: Path, output: Storage, *, publishes: bool = True, **run: Any) -> int:
-    config, source, plan = _job(path, output, **run)
-    number = create_run(output, run_record(config, source, plan))
-    run_plan(plan, source, config.input, output, run=number)
+    job, plan = _job(path, output, **run)
+    number = create_run(output, job.record(plan))
+    run_plan(plan, job.source, CONFIG, output, run=number)
     if publishes:
         publish(output, OUT)
     return plan.num_rows
@@ -290,7 +290,7 @@ def test_the_same_shards_under_another_root_are_refused_instead_of_being_made_ag
         _job(tmp_path / "in", local_output)
     assert "\n" not in str(refusal.value)
     for same in ("in/2026/a.parquet", "in/2026/*.parquet", "in/2026/"):
-        assert _job(tmp_path / same, local_output)[2].num_rows == 0
+        assert _job(tmp_path / same, local_output)[1].num_rows == 0
 
 
 def test_data_that_was_moved_as_it_is_goes_on_when_that_is_accepted(local_output: Storage, tmp_path: Path) -> None:
@@ -301,9 +301,7 @@ def test_data_that_was_moved_as_it_is_goes_on_when_that_is_accepted(local_output
     with pytest.raises(ConfigError, match=r"run\.accept_changes=true"):
         _job(tmp_path / "moved", local_output)
     assert _run_job(tmp_path / "moved", local_output, accept_changes=True) == 2
-    assert (
-        _job(tmp_path / "moved", local_output)[2].num_rows == 0
-    )  # the root is that of the run that made the newest rows
+    assert _job(tmp_path / "moved", local_output)[1].num_rows == 0  # its root is that of the run of the newest rows
     check_exactly_once(
         local_output, [("a.parquet", row) for row in range(3)] + [("b.parquet", row) for row in range(2)]
     )
@@ -312,9 +310,9 @@ def test_data_that_was_moved_as_it_is_goes_on_when_that_is_accepted(local_output
 def test_a_root_without_rows_may_be_given_another_input(local_output: Storage, tmp_path: Path) -> None:
     write_shard(tmp_path / "in" / "a.parquet", 3)
     write_shard(tmp_path / "else" / "a.parquet", 2)
-    config, source, plan = _job(tmp_path / "in", local_output)
-    create_run(local_output, run_record(config, source, plan))  # and died before its first commit
-    assert _job(tmp_path / "else", local_output)[2].num_rows == 2
+    job, plan = _job(tmp_path / "in", local_output)
+    create_run(local_output, job.record(plan))  # and died before its first commit
+    assert _job(tmp_path / "else", local_output)[1].num_rows == 2
 
 
 @pytest.mark.parametrize(
