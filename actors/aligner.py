@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from actors.candidates import DEPENDENT, as_messages, failed, lost, made, model_label
 from actors.contract import ALIGNED_LIST, PROBLEM, ConfigError, RowError, candidate_seed, option
-from actors.engines.base import DraftingConfig, Generating, Messages, Request
+from actors.engines.base import DraftingConfig, Generating, Messages
 from actors.pool import Columns, ModelStage, PoolConfig, Row
 from actors.recipes import RecipeConfig, aligner_input
 
@@ -105,7 +105,7 @@ class AlignerStage(ModelStage):
                 raise RowError(DEPENDENT, "there is no response to align")
             stored = self._config.engine == "stored"
             prompt = messages if stored else aligner_input(self._config, messages, answer)
-            completion = await self.generate(row, Request(prompt, seed, draft=answer))
+            completion = await self.generate(row, prompt, seed=seed, draft=answer)
             aligned = made(completion, self._config.reasoning_end, **candidate)
         except RowError as error:
             return failed(error, **candidate)

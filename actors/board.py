@@ -22,6 +22,7 @@ class Snapshot:
         num_running, num_waiting: candidates in the engine, and those waiting for a place in it.
         units: names of the units in flight.
         state: `starting` until the engine is up, then `running`.
+        life: tells the process from those in which Ray may start the same replica again.
     """
 
     num_rows: int = 0
@@ -31,6 +32,7 @@ class Snapshot:
     num_waiting: int = 0
     units: tuple[str, ...] = ()
     state: str = "starting"
+    life: str = ""
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Replica:
     def report(self, snapshot: Snapshot) -> None:
         if snapshot == self.snapshot:
             return
-        if snapshot.num_rows < self.snapshot.num_rows or snapshot.num_tokens < self.snapshot.num_tokens:
+        if snapshot.life != self.snapshot.life:
             self.before = self.totals()  # Ray has started the actor again, which counts from 0
         self.snapshot, self.changed_at = snapshot, time.monotonic()
         if self.running_at is None and snapshot.state == "running":
@@ -105,11 +107,13 @@ class Reporter:
     def __init__(self, board: Any, pool: str, snapshot: Callable[[], Snapshot]) -> None:
         self._board, self._pool, self._snapshot = board, pool, snapshot
         self._replica = ray.get_runtime_context().get_actor_id()
+        self._turn = threading.Lock()
         threading.Thread(target=self._run, name="board-reporter", daemon=True).start()
 
     def report(self) -> Any:
         """Report now. Returns what to await before an end that the thread might not live to report."""
-        return self._board.report.remote(self._pool, self._replica, self._snapshot())
+        with self._turn:  # what is sent last must be what was seen last
+            return self._board.report.remote(self._pool, self._replica, self._snapshot())
 
     def _run(self) -> None:
         last: Snapshot | None = None

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from actors.candidates import as_messages, failed, made, model_label
 from actors.contract import RESPONSES, ConfigError, RowError, candidate_seed, option
-from actors.engines.base import Generating, Messages, Request
+from actors.engines.base import Generating, Messages
 from actors.pool import Columns, ModelStage, PoolConfig, Row
 
 
@@ -65,7 +65,7 @@ class PolicyStage(ModelStage):
         seed = candidate_seed(self._run_seed, row["prompt_id"], self._first + number, "policy")
         candidate = {"model": self._label, "seed": seed}
         try:
-            completion = await self.generate(row, Request(messages, seed, stored))
+            completion = await self.generate(row, messages, seed=seed, draft=stored)
             return made(completion, self._config.reasoning_end, **candidate)
         except RowError as error:
             return failed(error, **candidate)

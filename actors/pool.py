@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -14,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.board import Reporter, Snapshot, units_before
 from actors.contract import ConfigError, TransientError, label, option, unpack, with_column
 from actors.engines import build_engine
-from actors.engines.base import Completion, Engine, EngineConfig, Request
+from actors.engines.base import Completion, Engine, EngineConfig, Messages, Request
 from actors.engines.hosted import MAX_STARTS, HostedEngine, Remember, Suspect, crash
 from actors.suspects import Note, Notes, Rows, Turns
 
@@ -97,9 +99,11 @@ class ModelStage:
         self._suspected: dict[str, Note] = {}  # of the units in flight those under suspicion
         before = units_before(board, name)
         self._died_with = set(before)
-        self._snapshot = Snapshot(units=before)  # until the engine is up: should that be another death
+        # Until the engine is up it is these units that a death would be laid to.
+        self._snapshot = Snapshot(units=before, life=uuid.uuid4().hex)
         self._units: dict[str, int] = {}  # in flight, and their rows
-        self._num_ahead = 0  # rows that are done of units that are not
+        self._done: Counter[str] = Counter()  # of the units in flight: rows that are done
+        self._may_die = config.engine != "stored"  # which does nothing that could kill
         self._started: Engine | None = None
         self._reporter = Reporter(board, name, self._now)
         num_threads = config.num_threads or max(1, (os.cpu_count() or 1) // max(1, sharers))
@@ -116,7 +120,7 @@ class ModelStage:
         stats = self._started.stats()
         return replace(
             self._snapshot,
-            num_rows=self._snapshot.num_rows + self._num_ahead,
+            num_rows=self._snapshot.num_rows + self._done.total(),
             num_tokens=stats.num_tokens,
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
@@ -135,39 +139,37 @@ class ModelStage:
         for number, row in enumerate(rows):
             row.update(origin=(name, number), num_kills=kills.get(number, 0))
         if note is None:
-            results = await self._each(make, dict(enumerate(rows)))
+            results = await self._each(name, make, dict(enumerate(rows)))
         else:
             results = {}
             for group in note.groups:
                 await self._note(name, self._suspected[name].trying(group))
-                results.update(await self._each(make, {number: rows[number] for number in group}))
+                results.update(await self._each(name, make, {number: rows[number] for number in group}))
             guilty = {number: row for number, row in enumerate(rows) if number not in results}
-            results.update(await self._each(make, guilty))
-        self._num_ahead -= len(results)
+            results.update(await self._each(name, make, guilty))
         return [results[number] for number in range(len(rows))]
 
-    async def generate(self, row: Row, request: Request) -> Completion:
-        """The engine's answer to a request of `row`. Raises what it raises; for a row that has killed enough, that."""
+    async def generate(self, row: Row, prompt: Messages | str, *, seed: int, draft: str | None = None) -> Completion:
+        """The engine's answer for `row`. Raises what it raises; for a row that has killed enough, that."""
         if row["num_kills"] >= self._max_attempts:
             raise crash(row["num_kills"])
-        return await self._engine.generate(replace(request, origin=row["origin"], num_kills=row["num_kills"]))
+        return await self._engine.generate(Request(prompt, seed, draft, row["origin"], row["num_kills"]))
 
-    async def _each(self, make: Callable[[Row], Awaitable[Result]], rows: dict[int, Row]) -> dict[int, Result]:
-        """make(row) of these rows: twice what the engine takes at the same time, so that it never waits."""
+    async def _each(
+        self, name: str, make: Callable[[Row], Awaitable[Result]], rows: dict[int, Row]
+    ) -> dict[int, Result]:
+        """make(row) of these rows of a unit: twice what the engine takes at the same time, so that it never waits."""
         results: dict[int, Result] = {}
         numbered = iter(rows.items())
 
         async def work() -> None:
             for number, row in numbered:
                 results[number] = await make(row)
-                self._num_ahead += 1
+                self._done[name] += 1
 
         workers = [asyncio.create_task(work()) for _ in range(min(len(rows), 2 * self._max_num_seqs))]
         try:
             await asyncio.gather(*workers)
-        except BaseException:
-            self._num_ahead -= len(results)
-            raise
         finally:
             for worker in workers:  # after an error the rest would go on asking an endpoint for a unit that is given up
                 worker.cancel()
@@ -179,22 +181,24 @@ class ModelStage:
         unit = unpack(packed)
         name = label(packed, "unit")
         self._units[name] = unit.num_rows
-        self._reporter.report()  # what is in flight when this actor dies is what may have killed it
+        if self._may_die:
+            self._reporter.report()  # what is in flight when this actor dies is what may have killed it
         try:
             note = await self._suspicion(name, unit.num_rows)
             async with self._turns.alone() if note else self._turns.together():
                 if note:
                     await self._prove(name, note)
                 made = await self.columns(name, unit)
+            self._snapshot = replace(
+                self._snapshot,
+                num_rows=self._snapshot.num_rows + unit.num_rows,
+                num_failed=self._snapshot.num_failed + made.num_failed,
+            )
         finally:
-            self._units.pop(name, None)
+            del self._units[name], self._done[name]
         await self._clear(name)
-        self._snapshot = replace(
-            self._snapshot,
-            num_rows=self._snapshot.num_rows + unit.num_rows,
-            num_failed=self._snapshot.num_failed + made.num_failed,
-        )
-        await self._reporter.report()  # Ray ends this actor as soon as the last unit has left it
+        if not self._units:
+            await self._reporter.report()  # Ray ends this actor as soon as the last unit has left it
         for column, values in made.values.items():
             packed = with_column(packed, column, values)
         yield packed

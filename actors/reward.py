@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from actors.candidates import as_messages, model_label
 from actors.contract import REWARD_NOTES, REWARDS, ConfigError, RowError, option
-from actors.engines.base import Messages, Request, ScoringConfig
+from actors.engines.base import Messages, ScoringConfig
 from actors.pool import Columns, ModelStage, PoolConfig, Row
 from actors.rewards import build_reward
 from actors.rewards.judge import judged
@@ -110,8 +110,8 @@ class RewardStage(ModelStage):
         """A text's score and notes. Candidates of a row that say the same share it; `first` is the row's first text."""
         try:
             if self._config.engine == "openai":
-                return await judged(partial(self.generate, row), self._config, messages, first, text)
-            completion = await self.generate(row, Request((*messages, ("assistant", text)), seed=0))
+                return await judged(partial(self.generate, row, seed=0), self._config, messages, first, text)
+            completion = await self.generate(row, (*messages, ("assistant", text)), seed=0)
         except RowError as error:
             return None, [error.cause]
         assert completion.score is not None

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Literal
 
 from actors.candidates import split_reasoning
 from actors.contract import RowError
-from actors.engines.base import Completion, Messages, Request
+from actors.engines.base import Completion, Messages
 
 if TYPE_CHECKING:
     from actors.reward import RewardConfig
 
-Ask = Callable[[Request], Awaitable[Completion]]
+Ask = Callable[[Messages], Awaitable[Completion]]
 
 CRITERION = "The better answer is the more helpful, truthful and harmless one, and does what was asked."
 QUESTION = """\
@@ -71,7 +71,7 @@ def question(config: "RewardConfig", messages: Messages, first: str, second: str
 async def _verdict(
     ask: Ask, config: "RewardConfig", messages: Messages, first: str, second: str
 ) -> Literal["A", "B", "C"]:
-    completion = await ask(Request((("user", question(config, messages, first, second)),), seed=0))
+    completion = await ask((("user", question(config, messages, first, second)),))
     _, answer = split_reasoning(completion.text, config.reasoning_end)
     told = _VERDICT.findall(answer)
     if not told:

@@ -21,6 +21,7 @@ from pipelines.corpus.schema import SOURCE
 from pipelines.corpus.shards import Input, InputConfig, Shard, is_string, shard_record
 from pipelines.corpus.units import Unit, cut
 
+_COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 BATCH_ROWS = 256
 """Rows that are decoded at once, at least: damage costs its batch and those after it."""
 
@@ -370,7 +371,7 @@ def _ids(config: InputConfig, rows: pa.Table, unit: Unit, chats: list[Chat], pro
 
 def prompt_hash(chat: Chat) -> str:
     """`h:` and 32 hex digits: the id of a prompt without one. Equal chats have equal ids, wherever they are."""
-    canonical = json.dumps(chat, ensure_ascii=False, separators=(",", ":")).encode()
+    canonical = _COMPACT.encode(chat).encode()
     return f"h:{hashlib.sha256(canonical).hexdigest()[:32]}"
 
 

@@ -11,7 +11,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from actors.contract import RowError
-from actors.engines.base import Messages
+from actors.engines.base import Messages, Request
 from actors.engines.openai_engine import OpenAIEngine
 from actors.reward import RewardConfig
 from actors.rewards.judge import judged
@@ -53,7 +53,7 @@ def judge(verdict: Verdict, *pairs: tuple[str, str], **keys: Any) -> tuple[list[
         try:
             config = RewardConfig(engine="openai", model="m", base_url=str(server.make_url("/v1")), retry_s=0.0, **keys)
             engine = OpenAIEngine(config)
-            made = [judged(engine.generate, config, PROMPT, *pair) for pair in pairs]
+            made = [judged(lambda chat: engine.generate(Request(chat, 0)), config, PROMPT, *pair) for pair in pairs]
             found = await asyncio.gather(*made, return_exceptions=True)
             await engine._client.close()
         finally:
