@@ -137,7 +137,9 @@ def write_unit(output: Storage, unit: Unit, table: pa.Table, facts: dict[str, An
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(facts).encode()})
 
     def write(path: Path) -> None:
-        pq.write_table(table, path, compression="zstd", write_page_checksum=True)
+        pq.write_table(  # read once, and whole: neither a dictionary nor statistics would pay
+            table, path, compression="zstd", write_page_checksum=True, use_dictionary=False, write_statistics=False
+        )
 
     return output.create_file(unit.path, write)
 

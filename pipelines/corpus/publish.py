@@ -275,10 +275,9 @@ def _write_corpus_part(
 
     def ok_rows() -> Iterator[pa.Table]:
         for unit, table in concurrently(partial(_read_unit, output), found, UNITS_AHEAD):
-            is_ok = pc.equal(table["status"], "ok")
-            rows = pc.indices_nonzero(pc.invert(is_ok)).to_pylist()
+            rows = pc.indices_nonzero(pc.not_equal(table["status"], "ok")).to_pylist()
             left_out[unit.name] = units.merged((unit.start + row, unit.start + row + 1) for row in rows)
-            yield kind.rows(table.filter(is_ok), name)
+            yield kind.rows(table.filter(pc.equal(table["status"], "ok")) if rows else table, name)
 
     if not output.exists(path):
         output.create_file(path, lambda scratch: _write(scratch, ok_rows(), lambda: {LEFT_OUT_KEY: left_out}))
@@ -346,7 +345,8 @@ def _read_unit(output: Storage, unit: Unit) -> pa.Table:
     with raw:
         file = Watched(raw)
         try:
-            table = pq.read_table(pa.PythonFile(file, mode="r"), page_checksum_verification=True)
+            parquet = pq.ParquetFile(pa.PythonFile(file, mode="r"), page_checksum_verification=True)
+            table = parquet.read(use_threads=False)  # units are small, and several are read at the same time
         except Exception as error:
             if file.error is not None:
                 raise file.error from None
