@@ -8,10 +8,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
 
 BUCKET = "testbucket"
 ENVIRONMENT = {
@@ -61,17 +63,23 @@ class S3Server:
             self._process = None
 
     def _wait_until_up(self, process: "subprocess.Popen[bytes]") -> None:
-        opener: Callable[..., object] = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+        config = Config(connect_timeout=1, read_timeout=5, retries={"total_max_attempts": 1}, proxies={})
+        client = botocore.session.Session().create_client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name=ENVIRONMENT["AWS_DEFAULT_REGION"],
+            aws_access_key_id=ENVIRONMENT["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=ENVIRONMENT["AWS_SECRET_ACCESS_KEY"],
+            config=config,
+        )
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
             try:
-                opener(f"{self.endpoint}/{BUCKET}", timeout=1)
-            except urllib.error.HTTPError as answer:
-                if answer.code == 403:  # the bucket is there and wants a signature
-                    return
-            except OSError:
-                pass
-            time.sleep(0.05)
+                client.list_objects_v2(Bucket=BUCKET)  # it takes signatures before it has made its bucket
+            except (BotoCoreError, ClientError):
+                time.sleep(0.05)
+            else:
+                return
         self.kill()
         raise RuntimeError(f"the S3 server did not start:\n{self._log.read_text(errors='replace')[-4000:]}")
 
