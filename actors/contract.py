@@ -5,6 +5,7 @@ This is the one module that `pipelines/corpus/` and `actors/` both import; neith
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,49 +72,43 @@ PROBLEM = pa.struct(
 )
 """Why a row is quarantined; null for every row that is well."""
 
+_ROWS = "rows"
+
 
 def pack(unit: pa.Table, /, **labels: str) -> pa.Table:
-    """Wrap a unit of n rows into a table of ONE row, each column a list of n: the form that travels through Ray Data.
+    """Wrap a unit of n rows into a table of ONE row: the form that travels through Ray Data.
 
-    `labels` become plain string columns of that row: what is said of the unit as a whole.
+    `labels` become string columns of that row: what is said of the unit as a whole. The n rows are one cell of bytes,
+    an Arrow IPC stream: nested columns Ray would take apart in Python, array by array, wherever a block goes.
     """
-    columns = {name: _as_list(unit[name].combine_chunks()) for name in unit.column_names}
-    return pa.table({**{name: pa.array([label]) for name, label in labels.items()}, **columns})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, unit.schema) as stream:
+        stream.write_table(unit)
+    data = sink.getvalue()
+    ends = pa.array([0, data.size], pa.int64()).buffers()[1]
+    rows = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, data])
+    return pa.table({**{name: pa.array([label]) for name, label in labels.items()}, _ROWS: rows})
 
 
 def unpack(packed: pa.Table) -> pa.Table:
     """The unit's rows, labels left out. Raises ValueError unless there is one unit: two must never share a call."""
     if packed.num_rows != 1:
         raise ValueError(f"a stage must receive one unit at a time, got {packed.num_rows}")
-    lists = {name: packed[name].combine_chunks() for name in packed.column_names if pa.types.is_list(packed[name].type)}
-    return pa.table({name: _chunk(column).flatten() for name, column in lists.items()})
+    with pa.ipc.open_stream(packed[_ROWS][0].as_buffer()) as stream:
+        return stream.read_all().combine_chunks()
 
 
-def with_column(packed: pa.Table, name: str, values: pa.Array) -> pa.Table:
-    """The packed unit with one more column of n values, or with one replaced."""
-    column = _as_list(values)
-    if name in packed.column_names:
-        return packed.set_column(packed.column_names.index(name), name, column)
-    return packed.append_column(name, column)
+def with_columns(packed: pa.Table, columns: Mapping[str, pa.Array]) -> pa.Table:
+    """The packed unit with more columns of n values, or with some replaced."""
+    unit = unpack(packed)
+    labels = {name: label(packed, name) for name in packed.column_names if name != _ROWS}
+    return pack(pa.table({**{name: unit[name] for name in unit.column_names}, **columns}), **labels)
 
 
 def label(packed: pa.Table, name: str) -> str:
     """A label that `pack` was given."""
     value: str = packed[name][0].as_py()
     return value
-
-
-def _as_list(values: pa.Array | pa.ChunkedArray) -> pa.ListArray:
-    values = _chunk(values)
-    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
-
-
-def _chunk(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    if isinstance(column, pa.ChunkedArray):
-        column = column.combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # combine_chunks keeps a chunked array where it holds no chunk
-        column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
-    return column
 
 
 # --- seeds ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from ray.data import ActorPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.board import Reporter, Snapshot, units_before
-from actors.contract import ConfigError, TransientError, label, option, unpack, with_column
+from actors.contract import ConfigError, TransientError, label, option, unpack, with_columns
 from actors.engines import build_engine
 from actors.engines.base import Completion, Engine, EngineConfig, Messages, Request
 from actors.engines.hosted import MAX_STARTS, HostedEngine, Remember, Suspect, crash
@@ -199,9 +199,7 @@ class ModelStage:
         await self._clear(name)
         if not self._units:
             await self._reporter.report()  # Ray ends this actor as soon as the last unit has left it
-        for column, values in made.values.items():
-            packed = with_column(packed, column, values)
-        yield packed
+        yield with_columns(packed, made.values)
 
     # --- units that may kill ----------------------------------------------------------------------------------------
 

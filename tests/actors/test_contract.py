@@ -5,7 +5,7 @@ import pickle
 import pyarrow as pa
 import pytest
 
-from actors.contract import RowError, candidate_seed, label, pack, unpack, with_column
+from actors.contract import RowError, candidate_seed, label, pack, unpack, with_columns
 
 
 def unit_of(num_rows: int) -> pa.Table:
@@ -41,8 +41,8 @@ def test_two_units_in_one_call_are_refused() -> None:
 
 
 def test_a_column_is_added_and_replaced() -> None:
-    packed = with_column(pack(unit_of(3), unit="u"), "new", pa.array([1, 2, 3]))
-    packed = with_column(packed, "new", pa.array([4, 5, 6]))
+    packed = with_columns(pack(unit_of(3), unit="u"), {"new": pa.array([1, 2, 3])})
+    packed = with_columns(packed, {"new": pa.array([4, 5, 6])})
     assert unpack(packed)["new"].to_pylist() == [4, 5, 6]
 
 

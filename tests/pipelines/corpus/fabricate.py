@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from actors.contract import ALIGNED_LIST, PROBLEM, RESPONSES, unpack, with_column
+from actors.contract import ALIGNED_LIST, PROBLEM, RESPONSES, unpack, with_columns
 from pipelines.corpus import schema
 from pipelines.corpus.commit import Committer, write_unit
 from pipelines.corpus.plan import Plan, make_plan
@@ -77,9 +77,8 @@ def answer(packed: pa.Table, version: str = "v1", fails: Callable[[str], str | N
         response = _response(f"{version}: {prompt[-1]['content']}")
         responses.append([response])
         aligned.append([{**response, "text": f"better {response['text']}", "changed": True}])
-    packed = with_column(packed, "responses", pa.array(responses, RESPONSES))
-    packed = with_column(packed, "aligned", pa.array(aligned, ALIGNED_LIST))
-    return with_column(packed, "problem", pa.array(problems, PROBLEM))
+    columns = {"responses": pa.array(responses, RESPONSES), "aligned": pa.array(aligned, ALIGNED_LIST)}
+    return with_columns(packed, {**columns, "problem": pa.array(problems, PROBLEM)})
 
 
 def _response(text: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actors.contract import ALIGNED_LIST, pack, unpack, with_column
+from actors.contract import ALIGNED_LIST, pack, unpack, with_columns
 from pipelines.corpus import schema
 from pipelines.corpus.commit import METADATA_KEY, Committer, unit_facts
 from pipelines.corpus.parquet import Damaged
@@ -86,7 +86,7 @@ def test_a_commit_tells_how_its_answers_were_aligned(source: Input, local_output
     decoded = {**made, "iterations": 3, "accepted": 2, "num_tokens": 6, "changed": False}
     failed = {**made, "status": "failed", "changed": None, "num_tokens": None}
     aligned[0] = [decoded, {**decoded, "iterations": 5, "num_tokens": 5, "accepted": 0}, failed]
-    packed = with_column(packed, "aligned", pa.array(aligned, ALIGNED_LIST))
+    packed = with_columns(packed, {"aligned": pa.array(aligned, ALIGNED_LIST)})
     (told,) = committer(source, local_output)(packed).to_pylist()
     assert (told["candidates"], told["changed"]) == (3, 1)
     assert (told["iterations"], told["tokens"], told["accepted"]) == ([3, 5], 11, 2)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actors.contract import REWARDS, ConfigError, unpack, with_column
+from actors.contract import REWARDS, ConfigError, unpack, with_columns
 from pipelines.corpus import schema
 from pipelines.corpus.commit import Committer
 from pipelines.corpus.means import mean_rewards
@@ -82,7 +82,7 @@ def score(corpus: Storage, scored: Storage, **more: Any) -> int:
             else None
             for prompt, before in zip(unit["prompt"].to_pylist(), unit["rewards"].to_pylist(), strict=True)
         ]
-        committer(with_column(packed, "rewards", pa.array(rewards, REWARDS)))
+        committer(with_columns(packed, {"rewards": pa.array(rewards, REWARDS)}))
     return plan.num_rows
 
 
