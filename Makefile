@@ -14,7 +14,7 @@ align: $(READY)  ## Align the sample prompts with a small real model
 
 test: lint $(VLLM) $(CONSUMERS)  ## Linters and the test suite
 	$(RUN) pipelines/fetch_smollm2.py
-	$(RUN) -m pytest -m "not long"
+	$(RUN) -m pytest -m "not long" -n 2 --dist loadfile
 
 test-all: lint $(VLLM) $(CONSUMERS)  ## The long proofs too
 	$(RUN) pipelines/fetch_smollm2.py
@@ -29,8 +29,11 @@ bench: $(VLLM)  ## The figures of the README, and what the pools lose to Ray and
 	$(RUN) pipelines/fetch_smollm2.py
 	$(RUN) tests/benchmarks/plumbing.py
 	$(RUN) tests/benchmarks/decode_vs_generate.py
+	$(RUN) tests/benchmarks/diffpo_decoder.py
+	$(RUN) tests/benchmarks/vllm_drafts.py
 	$(RUN) tests/benchmarks/streaming.py
 	$(RUN) tests/benchmarks/preferences.py
+	$(RUN) tests/benchmarks/object_storage.py
 	$(RUN) tests/benchmarks/against_vllm.py
 	$(RUN) tests/benchmarks/against_vllm.py --model ~/.cache/burnish/SmolLM2-135M-Instruct --rows 512
 

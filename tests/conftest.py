@@ -1,4 +1,4 @@
-"""What every test may need: output roots, local and on a real S3 server."""
+"""What every test may need: output roots, local and on a real S3 server; and Hypothesis without a clock."""
 
 import shutil
 import time
@@ -6,9 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from pipelines.corpus.storage import Storage
 from tests.s3_server import BUCKET, ENVIRONMENT, S3Server
+
+settings.register_profile("no deadline", deadline=None)  # what a machine does meanwhile is no bug
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")

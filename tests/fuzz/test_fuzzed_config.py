@@ -32,13 +32,13 @@ def composed(argv: list[str]) -> None:
         assert len(str(error)) < 5000
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(changes=st.lists(st.tuples(st.sampled_from(KEYS), VALUES), min_size=1, max_size=3))
 def test_any_value_of_any_key_on_the_command_line(changes: list[tuple[str, object]]) -> None:
     composed([*SET, *(f"{key}={yaml.safe_dump(value, default_flow_style=True).strip()}" for key, value in changes)])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(changes=st.lists(st.tuples(st.sampled_from(KEYS), VALUES), min_size=1, max_size=3))
 def test_any_value_of_any_key_in_a_file(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[str, object]]
@@ -57,7 +57,7 @@ def test_any_value_of_any_key_in_a_file(
     composed(["--config", str(path), *SET])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(data=st.binary(max_size=200) | st.text("{}[]:,&*!|>%@`'\"#-? \n\tab", max_size=60).map(str.encode))
 def test_any_bytes_as_a_file(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "bytes.yaml"

@@ -317,7 +317,7 @@ VALUES = (
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.text(max_size=15) | st.builds("{}={}".format, st.sampled_from(KEYS) | st.text(max_size=5), VALUES)))
 def test_any_command_line_gives_a_config_or_one_line(argv: list[str]) -> None:
     try:

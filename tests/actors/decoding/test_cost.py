@@ -20,7 +20,7 @@ def pace(sizes: tuple[int, ...], chances: list[np.ndarray], cost: StepCost) -> f
     return float(tokens / cost.seconds(len(sizes), sum(sizes))[-1])
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(derandomize=True, max_examples=200)
 @given(
     st.lists(st.lists(st.floats(0.02, 1.0), max_size=4), min_size=1, max_size=4),
     st.lists(st.floats(0.1, 5.0), min_size=1, max_size=6),

@@ -46,7 +46,7 @@ COSTS = {
     "dear": StepCost({1: {1: 1.0, 2: 2.0}}),
 }
 
-many = settings(derandomize=True, deadline=None, max_examples=25)
+many = settings(derandomize=True, max_examples=25)
 
 
 @cache

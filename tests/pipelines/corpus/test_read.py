@@ -486,7 +486,7 @@ def gap_shard(tmp_path_factory: pytest.TempPathFactory) -> tuple[Input, Shard]:
     return source, only_shard(source, CONFIG)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(group=st.integers(0, 2), cuts=st.lists(st.integers(0, 700), min_size=2, max_size=16, unique=True))
 def test_any_pattern_of_pending_units_reads_exactly_its_rows(
     gap_shard: tuple[Input, Shard], group: int, cuts: list[int]
@@ -507,7 +507,7 @@ def test_any_pattern_of_pending_units_reads_exactly_its_rows(
         assert [where["row"] for where in table["source"].to_pylist()] == rows
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(st.integers(0, 599), min_size=1, max_size=8), behind=st.sampled_from([0, 3000, 1 << 20]))
 def test_whole_rows_asked_for_in_any_order_are_those_rows(
     gap_shard: tuple[Input, Shard], rows: list[int], behind: int

@@ -200,7 +200,7 @@ class ConcurrentJobs(RuleBasedStateMachine):
         assert times == Counter((SHARD.key, 0, row) for row in range(NUM_ROWS))
 
 
-ConcurrentJobs.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+ConcurrentJobs.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
 TestConcurrentJobs = ConcurrentJobs.TestCase
 
 
