@@ -2,7 +2,7 @@
 
 The real ones are 1,400 pairs of HH-RLHF, `hh_harmless_pairs.parquet` (columns `prompt`, a list of messages, `chosen`
 and `rejected`, strings) in the folder BURNISH_EVAL_DATA: evaluation data that is in no repository. Tests that need them
-are skipped without it.
+are skipped without it (see the README on `make test`).
 """
 
 import os
@@ -17,9 +17,15 @@ from actors.contract import PROMPT
 from pipelines.preferences import schema
 
 EVAL_DATA = Path(os.environ.get("BURNISH_EVAL_DATA", "none"))
-needs_hh_harmless = pytest.mark.skipif(
-    not (EVAL_DATA / "hh_harmless_pairs.parquet").exists(), reason="BURNISH_EVAL_DATA has no hh_harmless_pairs.parquet"
-)
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    """Skips where the file is not there."""
+    advice = f"set BURNISH_EVAL_DATA to a folder that holds {name} (README: Two commands)"
+    return pytest.mark.skipif(not (EVAL_DATA / name).exists(), reason=advice)
+
+
+needs_hh_harmless = needs("hh_harmless_pairs.parquet")
 
 Chat = list[dict[str, str]]
 
@@ -55,13 +61,7 @@ def pairs() -> pa.Table:
 
 
 def unpaired() -> pa.Table:
-    """Each pair's answers one after the other, the chosen one desirable."""
-    rows = []
-    for pair in map(_pair, CHATS):
-        for label, side in ((True, "chosen"), (False, "rejected")):
-            known = {name: pair[f"{side}_{name}"] for name in ("reward", "model", "kind")}
-            rows.append({**_row(pair["prompt_id"]), "completion": pair[side], "label": label, **known})
-    return _table("unpaired", rows)
+    return _singles(pairs())
 
 
 def curriculum() -> pa.Table:
@@ -92,6 +92,22 @@ def hh_harmless() -> pa.Table:
     columns |= {"chosen": real["chosen"], "rejected": real["rejected"], "weight": pa.repeat(1.0, len(real))}
     columns |= {"partition": pa.repeat(pa.scalar(1, pa.int32()), len(real))}
     return pa.table(columns, schema.STRATEGIES["pairs"])
+
+
+def hh_harmless_unpaired() -> pa.Table:
+    return _singles(hh_harmless()).drop_columns(["topic"])
+
+
+def _singles(pairs: pa.Table) -> pa.Table:
+    """Each pair's answers one after the other, the chosen one desirable; rewards of 1 and 0 where it has none."""
+    rows = []
+    for pair in pairs.to_pylist():
+        for label, side in ((True, "chosen"), (False, "rejected")):
+            known = {name: pair[f"{side}_{name}"] for name in ("reward", "model", "kind")}
+            if known["reward"] is None:
+                known["reward"] = float(label)
+            rows.append({**pair, "completion": pair[side], "label": label, **known})
+    return _table("unpaired", rows)
 
 
 def _row(name: str) -> dict[str, Any]:

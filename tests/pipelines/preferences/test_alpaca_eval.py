@@ -4,7 +4,8 @@ Reads `alpaca_eval_responses.parquet` (prompt_id, prompt, model, response, win_r
 BURNISH_EVAL_DATA names, and is skipped without it: the data is for evaluation only (CC BY-NC 4.0) and is not kept here.
 """
 
-import os
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.build_preferences import main
+from tests.pipelines.preferences import examples
 from tests.pipelines.preferences.fabricate import candidate, publish_corpus, row, table
 
-FOLDER = os.environ.get("BURNISH_EVAL_DATA")
-pytestmark = [
-    pytest.mark.skipif(FOLDER is None, reason="BURNISH_EVAL_DATA names no folder with the data"),
-    pytest.mark.usefixtures("in_this_process"),
-]
+FILE = "alpaca_eval_responses.parquet"
+NUM_PROMPTS = 600
+pytestmark = [examples.needs(FILE), pytest.mark.usefixtures("in_this_process")]
 
 
 @pytest.fixture(scope="module")
 def answers() -> pd.DataFrame:
-    return pd.read_parquet(Path(FOLDER or "") / "alpaca_eval_responses.parquet")
+    return pd.read_parquet(examples.EVAL_DATA / FILE)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,32 @@ def expected(answers: pd.DataFrame) -> pd.DataFrame:
     return found.sort_values(["prompt_id", "win_rate", "place"], ascending=[True, False, True], kind="stable")
 
 
+def why_none(group: pd.DataFrame, min_margin: float = 0.0) -> str | None:
+    """Why nothing comes of a prompt's answers, best first, when the first is compared with the last."""
+    if len(group) < 2:
+        return "one_candidate"
+    (better, best), (lesser, worst) = group[["text", "win_rate"]].iloc[[0, -1]].to_numpy().tolist()
+    if better == lesser:
+        return "same_text"
+    if best == worst:
+        return "tie"
+    return "small_margin" if best - worst < min_margin else None
+
+
+def check_counts(root: Path, answers: pd.DataFrame, causes: "Counter[str]") -> None:
+    """Every prompt and every answer is used, or dropped with its cause."""
+    manifest = json.loads((root / "preferences/run=000001/manifest.json").read_text())
+    assert manifest["causes"] == causes
+    assert (manifest["num_rows"], manifest["num_quarantined"]) == (NUM_PROMPTS, causes.total())
+    assert manifest["num_made"] == NUM_PROMPTS - causes.total()
+    is_empty = answers["response"].str.strip() == ""
+    assert manifest["unused"] == {
+        "other_kind": len(answers),  # what is aligned, which is not asked for
+        "empty": is_empty.sum(),
+        "not_scored": (answers["win_rate"].isna() & ~is_empty).sum(),
+    }
+
+
 def build(corpus: Path, root: Path, *more: str) -> list[dict[str, Any]]:
     given = [f"input.path={corpus}", f"output.root={root}", "build.reward=win_rate", "build.candidates=response", *more]
     assert main(given) == 0
@@ -59,8 +85,10 @@ def build(corpus: Path, root: Path, *more: str) -> list[dict[str, Any]]:
 
 def test_ranked_is_what_pandas_sorts(answers: pd.DataFrame, corpus: Path, tmp_path: Path) -> None:
     made = build(corpus, tmp_path / "out", "build=ranked")
-    found = expected(answers).drop_duplicates(["prompt_id", "text"])
-    groups = {name: group for name, group in found.groupby("prompt_id") if group["win_rate"].nunique() > 1}
+    found = dict(iter(expected(answers).drop_duplicates(["prompt_id", "text"]).groupby("prompt_id")))
+    dropped = {name: why for name, group in found.items() if (why := why_none(group))}
+    check_counts(tmp_path / "out", answers, Counter(dropped.values()))
+    groups = {name: group for name, group in found.items() if name not in dropped}
     assert [each["prompt_id"] for each in made] == sorted(groups)
     assert len(made) > 590
     for each in made:
@@ -81,4 +109,6 @@ def test_pairs_are_the_best_and_the_worst_of_pandas(answers: pd.DataFrame, corpu
     assert [each["chosen_model"] for each in made] == ends["chosen"].tolist()
     assert [each["rejected_model"] for each in made] == ends["rejected"].tolist()
     assert [each["margin"] for each in made] == (ends["best"] - ends["worst"]).tolist()
-    assert len(made) < 600, "some prompts have answers of one worth"
+    dropped = Counter(why for _, group in expected(answers).groupby("prompt_id") if (why := why_none(group, 0.01)))
+    check_counts(tmp_path / "out", answers, dropped)
+    assert len(made) < NUM_PROMPTS, "some prompts have answers of one worth"

@@ -134,6 +134,18 @@ def test_real_pairs_come_through_whole(export: str, form: str, tmp_path: Path) -
     ]
 
 
+@examples.needs_hh_harmless
+@pytest.mark.parametrize("form", ["parquet", "json"])
+@pytest.mark.parametrize("export", [export for export, strategy in CASES if strategy == "unpaired"])
+def test_real_answers_come_through_whole(export: str, form: str, tmp_path: Path) -> None:
+    real = examples.hh_harmless_unpaired()
+    rows = loaded(EXPORTERS[export].convert(real), form, tmp_path)
+    assert len(rows) == 2800
+    assert [single_of(export, row) for row in rows] == [
+        (row["prompt"], row["completion"], row["label"]) for row in real.to_pylist()
+    ]
+
+
 def loaded(table: pa.Table, form: str, folder: Path) -> list[dict[str, Any]]:
     """The rows as `datasets` has them, from a file of that form."""
     path = folder / f"part.{form}"
@@ -154,13 +166,27 @@ def pair_of(export: str, row: dict[str, Any]) -> tuple[examples.Chat, str, str]:
     elif export == "axolotl":
         prompt = row["messages"]
     elif export == "llamafactory":
-        roles = {tag: role for role, tag in TAGS.items()}
-        prompt, (chosen, rejected) = (
-            [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]
-            for turns in (row["conversations"], [chosen, rejected])
-        )
+        prompt, (chosen, rejected) = untagged(row["conversations"]), untagged([chosen, rejected])
     else:
         (*prompt, chosen), (*same, rejected) = chosen, rejected
         assert prompt == same
     assert chosen["role"] == rejected["role"] == "assistant"
     return prompt, chosen["content"], rejected["content"]
+
+
+def single_of(export: str, row: dict[str, Any]) -> tuple[examples.Chat, str, bool]:
+    """What an exported single answer says: prompt, completion and label."""
+    if export == "kto":
+        prompt, (answer,), label = row["prompt"], row["completion"], row["label"]
+    elif export == "axolotl":
+        (*prompt, answer), label = row["completion"], row["label"]
+    else:
+        (*prompt, answer), label = untagged(row["conversations"]), row["kto_tag"]
+    assert answer["role"] == "assistant"
+    return prompt, answer["content"], label
+
+
+def untagged(turns: examples.Chat) -> examples.Chat:
+    """LLaMA-Factory's messages with the usual names."""
+    roles = {tag: role for role, tag in TAGS.items()}
+    return [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]
