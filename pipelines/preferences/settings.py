@@ -1,7 +1,7 @@
 """Every key of the build_preferences job."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 from actors.contract import ConfigError, option, section
 from pipelines.corpus.publish import OutputConfig
@@ -12,6 +12,20 @@ from pipelines.settings import SiteConfig
 Strategy = Literal["pairs", "unpaired", "ranked", "curriculum", "triple", "steps", "refinement", "trajectory"]
 WITHOUT_REWARD = ("pairs", "steps", "refinement")
 """Strategies that can go by what was aligned instead of by a reward."""
+
+_READ_BY = {
+    "prefer": ("pairs", "steps"),
+    "max_length_ratio": tuple(name for name in get_args(Strategy) if name != "unpaired"),
+    "threshold": ("unpaired",),
+    "num_phases": ("curriculum",),
+    "semantic_encoder": ("pairs", "curriculum"),
+}
+"""Keys that some strategies read: set for another, they would be silently without effect."""
+
+
+def _is_set(section: Any, key: str) -> bool:
+    """Whether a key has another value than its default."""
+    return any(field.name == key and getattr(section, key) != field.default for field in fields(section))
 
 
 @dataclass(frozen=True)
@@ -67,7 +81,7 @@ class BuildConfig:
     )
     max_length_ratio: float | None = option(
         None,
-        "most that the longer side may have of the shorter's tokens (characters where one is stored)",
+        "most that the longer side may have of the shorter's tokens (characters where one is stored); not `unpaired`",
         changes_rows=True,
     )
     length_slope: float = option(
@@ -89,6 +103,11 @@ class BuildConfig:
     seed: int = option(0, "of random rejected answers, splits and bootstrap intervals", changes_rows=True)
 
     def __post_init__(self) -> None:
+        for key, readers in _READ_BY.items():
+            if self.strategy not in readers and _is_set(self, key):
+                raise ConfigError(f"{key} has no effect with strategy={self.strategy}: it is for {', '.join(readers)}")
+        if self.semantic_encoder is None and _is_set(self, "semantic_alpha"):
+            raise ConfigError("semantic_alpha has no effect without a semantic_encoder")
         if self.reward is not None and self.reward_weights:
             raise ConfigError("reward and reward_weights exclude each other: name one reward, or weights of several")
         if self.needs_reward and not self.weights:
@@ -109,8 +128,6 @@ class BuildConfig:
             raise ConfigError(f"max_length_ratio must be 1 or more, got {self.max_length_ratio}")
         if self.num_phases < 1:
             raise ConfigError(f"num_phases must be 1 or more, got {self.num_phases}")
-        if self.semantic_encoder is not None and self.strategy not in ("pairs", "curriculum"):
-            raise ConfigError(f"semantic_encoder weights pairs; strategy={self.strategy} has no weight")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -151,8 +168,12 @@ class PromptsConfig:
     def __post_init__(self) -> None:
         if not 0 < self.overlap <= 1:
             raise ConfigError(f"overlap must be above 0 and at most 1, got {self.overlap}")
+        if self.dedup != "near" and _is_set(self, "overlap"):
+            raise ConfigError(f"overlap has no effect with dedup={self.dedup}: it is for near")
         if self.ngram < 1:
             raise ConfigError(f"ngram must be 1 or more, got {self.ngram}")
+        if not self.decontaminate and _is_set(self, "ngram"):
+            raise ConfigError("ngram has no effect without files in decontaminate")
         for name in ("test_fraction", "validation_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")

@@ -41,7 +41,14 @@ def test_every_strategy_has_a_schema_and_a_preset_of_its_name() -> None:
         (["build=ranked", "build.reward=a", "export=trl"], "export=trl takes curriculum or pairs"),
         (["prompts.test_fraction=0.5", "prompts.validation_fraction=0.5"], "leave nothing for split `train`"),
         (["input.keep_columns=[margin]"], "keep_columns may not name margin"),
-        (["build=steps", "build.semantic_encoder=e"], "strategy=steps has no weight"),
+        (["build=steps", "build.semantic_encoder=e"], "semantic_encoder has no effect with strategy=steps: it is for"),
+        (["build=unpaired", "build.reward=a", "build.max_length_ratio=2"], "no effect with strategy=unpaired: it is"),
+        (["build=ranked", "build.reward=a", "build.prefer=best_worst"], "strategy=ranked: it is for pairs, steps"),
+        (["build.threshold=0.5"], "threshold has no effect with strategy=pairs: it is for unpaired"),
+        (["build.num_phases=2"], "num_phases has no effect with strategy=pairs: it is for curriculum"),
+        (["build.semantic_alpha=2"], "semantic_alpha has no effect without a semantic_encoder"),
+        (["prompts.overlap=0.5"], "overlap has no effect with dedup=exact"),
+        (["prompts.ngram=8"], "ngram has no effect without files in decontaminate"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], told: str) -> None:
