@@ -158,7 +158,7 @@ def pair_columns(found: Candidates, chosen: Ints, rejected: Ints) -> dict[str, p
     """The columns of pairs: texts, rewards, margin, models, kinds, and a weight of 1."""
     columns = texts(found, chosen=chosen, rejected=rejected)
     columns |= rewards(found, chosen_reward=chosen, rejected_reward=rejected)
-    columns["margin"] = pc.subtract(columns["chosen_reward"], columns["rejected_reward"])
+    columns["margin"] = margin(found, chosen, rejected)
     for name in ("model", "kind"):
         columns |= {f"chosen_{name}": found.take(name, chosen), f"rejected_{name}": found.take(name, rejected)}
     return columns | {"weight": pa.array(np.ones(len(chosen)))}
@@ -172,6 +172,11 @@ def texts(found: Candidates, **places: Ints) -> dict[str, pa.Array]:
 def rewards(found: Candidates, **places: Ints) -> dict[str, pa.Array]:
     """Rewards of the candidates at these places, by column; null without a reward."""
     return {name: found.take("reward", each) for name, each in places.items()}
+
+
+def margin(found: Candidates, better: Ints, worse: Ints) -> pa.Array:
+    """By how much the reward of one is above the other's; null without a reward."""
+    return pc.subtract(found.take("reward", better), found.take("reward", worse))
 
 
 def listed(found: Candidates, places: Ints, row: Ints, *names: str) -> dict[str, pa.Array]:

@@ -4,8 +4,8 @@ import pyarrow as pa
 
 from actors.contract import PROMPT
 
-VERSION = 1
-"""Part of every run's fingerprint; raised when a field's meaning changes."""
+VERSION = 2
+"""Part of every run's fingerprint; raised when a field comes, goes or changes its meaning."""
 
 CANDIDATE = pa.struct(
     [
@@ -72,12 +72,15 @@ _COLUMNS = {
         _list("kinds", pa.string()),
     ],
     "curriculum": [*_PAIR, WEIGHT, pa.field("phase", pa.int32(), False)],  # 1 = easiest: the largest margin
-    "triple": [*_texts("best", "chosen", "rejected"), *_rewards("best_reward", "chosen_reward", "rejected_reward")],
+    "triple": [
+        *_texts("best", "chosen", "rejected"),
+        *_rewards("best_reward", "chosen_reward", "rejected_reward", "margin"),  # of chosen over rejected
+    ],
     "steps": [
         *_texts("prefix", "chosen", "rejected", "full_chosen", "full_rejected"),
         *_rewards("chosen_reward", "rejected_reward", "margin"),
     ],
-    "refinement": [*_texts("response", "improved"), *_rewards("response_reward", "improved_reward")],
+    "refinement": [*_texts("response", "improved"), *_rewards("response_reward", "improved_reward", "margin")],
     "trajectory": [_list("states", pa.string()), _list("rewards", pa.float64()), _list("models", pa.string())],
 }
 

@@ -26,8 +26,7 @@ def trl(pairs: pa.Table) -> pa.Table:
     """
     chosen, rejected = answers(pairs)
     made = {"prompt": pairs["prompt"], "chosen": messages(chosen), "rejected": messages(rejected)}
+    made["margin"] = pc.fill_null(pairs["margin"], 0.0)
     if "best" in pairs.column_names:
         made["reference"] = messages(whole(pairs["best"]))
-    if "margin" in pairs.column_names:
-        made["margin"] = pc.fill_null(pairs["margin"], 0.0)
     return pa.table({**made, **others(pairs, *made, "best")})

@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from pipelines.preferences.picks import Made, best_aligned, candidates, rewards, sift, texts
+from pipelines.preferences.picks import Made, best_aligned, candidates, margin, rewards, sift, texts
 from pipelines.preferences.settings import BuildConfig
 
 
@@ -14,4 +14,5 @@ def refinement(ranked: pa.Table, build: BuildConfig) -> Made:
     improved, response = improved[kept], response[kept]
     columns = texts(found, response=response, improved=improved)
     columns |= rewards(found, response_reward=response, improved_reward=improved)
+    columns["margin"] = margin(found, improved, response)
     return Made(columns, found.row[improved], causes, found.length[improved], found.length[response])

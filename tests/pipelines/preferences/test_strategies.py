@@ -103,9 +103,8 @@ def test_curriculum_goes_from_the_largest_margin_to_the_smallest() -> None:
 def test_triple_takes_the_best_the_second_and_the_worst() -> None:
     two_best = row("two", ["a", "b"], ["c", "d"], q=([2, 2], [1, 0]))
     rows, causes = made("triple", FOUR, two_best, LOST)
-    assert sides(rows, "row", "best", "chosen", "rejected", "best_reward", "chosen_reward", "rejected_reward") == [
-        (0, "best", "good", "worst", 7, 4, 1)
-    ]
+    assert sides(rows, "row", "best", "chosen", "rejected") == [(0, "best", "good", "worst")]
+    assert sides(rows, "best_reward", "chosen_reward", "rejected_reward", "margin") == [(7, 4, 1, 3)]
     assert causes == ["", "tie", "one_candidate"]
 
 
@@ -142,8 +141,11 @@ def test_trajectory_rises_and_takes_one_text_of_each_reward() -> None:
 
 def test_refinement_is_a_response_and_what_was_aligned_from_it() -> None:
     rows, causes = made("refinement", FOUR, LOST)
-    assert sides(rows, "response", "improved", "response_reward", "improved_reward") == [("worst", "best", 1, 7)]
+    assert sides(rows, "response", "improved", "response_reward", "improved_reward", "margin") == [
+        ("worst", "best", 1, 7, 6)
+    ]
     assert causes == ["", "aligned_lost"]
+    assert sides(made("refinement", LOST, reward=None)[0], "improved", "margin") == [("b", None)]
 
 
 def test_steps_part_where_the_sentences_do() -> None:
@@ -152,8 +154,8 @@ def test_steps_part_where_the_sentences_do() -> None:
     rows, causes = made(
         "steps", row("p", [other], [one], q=([0], [1])), row("q", ["Yes."], ["Yes. More."], q=([0], [1]))
     )
-    assert sides(rows, "prefix", "chosen", "rejected", "full_chosen", "full_rejected") == [
-        ("Add 3.5 and 2. ", "That is 5.5. ", "That is 6. ", one, other)
+    assert sides(rows, "prefix", "chosen", "rejected", "full_chosen", "full_rejected", "margin") == [
+        ("Add 3.5 and 2. ", "That is 5.5. ", "That is 6. ", one, other, 1)
     ]
     assert causes == ["", "no_step"]
     assert part("a", "b") == ("", "a", "b")
