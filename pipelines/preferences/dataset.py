@@ -137,7 +137,7 @@ def card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | None) ->
         lines += [f"| prompts dropped | {_told(dict(causes))} |", f"| candidates not used | {_told(dict(unused))} |"]
     models = checks.summed(manifest["models"] for manifest in found)
     if models:
-        lines += ["", "## Models", "", "| column | texts of each model |", "|---|---|"]
+        lines += ["", "## Models", "", "| column | texts of each |", "|---|---|"]
         for name, counts in models.items():
             told = ", ".join(f"{count} `{model}`" for model, count in sorted(counts.items()))
             lines.append(f"| `{name}` | {told} |")

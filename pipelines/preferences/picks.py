@@ -9,6 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.preferences import schema
 from pipelines.preferences.arrow import whole
 from pipelines.preferences.ranked import Bools, Floats, Ints, lengths
 from pipelines.preferences.settings import BuildConfig
@@ -155,12 +156,11 @@ def why_none(found: Candidates, row: Ints, refused: npt.NDArray[np.object_]) -> 
 
 
 def pair_columns(found: Candidates, chosen: Ints, rejected: Ints) -> dict[str, pa.Array]:
-    """The columns of pairs: texts, rewards, margin, models, kinds, and a weight of 1."""
+    """The columns of pairs: texts, rewards, margin, provenance, and a weight of 1."""
     columns = texts(found, chosen=chosen, rejected=rejected)
     columns |= rewards(found, chosen_reward=chosen, rejected_reward=rejected)
     columns["margin"] = margin(found, chosen, rejected)
-    for name in ("model", "kind"):
-        columns |= {f"chosen_{name}": found.take(name, chosen), f"rejected_{name}": found.take(name, rejected)}
+    columns |= provenance(found, chosen=chosen, rejected=rejected)
     return columns | {"weight": pa.array(np.ones(len(chosen)))}
 
 
@@ -172,6 +172,11 @@ def texts(found: Candidates, **places: Ints) -> dict[str, pa.Array]:
 def rewards(found: Candidates, **places: Ints) -> dict[str, pa.Array]:
     """Rewards of the candidates at these places, by column; null without a reward."""
     return {name: found.take("reward", each) for name, each in places.items()}
+
+
+def provenance(found: Candidates, **places: Ints) -> dict[str, pa.Array]:
+    """Where the candidates at these places come from, by side: its model, policy and kind."""
+    return {f"{side}_{name}": found.take(name, each) for name in schema.PROVENANCE for side, each in places.items()}
 
 
 def margin(found: Candidates, better: Ints, worse: Ints) -> pa.Array:

@@ -50,11 +50,19 @@ def _list(name: str, item: pa.DataType) -> pa.Field:
     return pa.field(name, pa.list_(pa.field("element", item, False)), False)
 
 
+def _provenance(*sides: str) -> list[pa.Field]:
+    """Of each side's text what made it, whose response it is or was aligned from, and which of the two it is."""
+    return _texts(*(f"{side}_{name}" for name in PROVENANCE for side in sides))
+
+
+PROVENANCE = ("model", "policy", "kind")
+"""Fields of CANDIDATE that tell where a text comes from."""
+
 WEIGHT = pa.field("weight", pa.float64(), False)  # 1.0 unless weighted by semantic similarity
 _PAIR = [
     *_texts("chosen", "rejected"),
     *_rewards("chosen_reward", "rejected_reward", "margin"),
-    *_texts("chosen_model", "rejected_model", "chosen_kind", "rejected_kind"),
+    *_provenance("chosen", "rejected"),
 ]
 _COLUMNS = {
     "pairs": [*_PAIR, WEIGHT],
@@ -62,34 +70,47 @@ _COLUMNS = {
         *_texts("completion"),
         pa.field("label", pa.bool_(), False),
         pa.field("reward", pa.float64(), False),
-        *_texts("model", "kind"),
+        *_texts(*PROVENANCE),
     ],
     "ranked": [
         _list("completions", pa.string()),
         _list("rewards", pa.float64()),
         _list("ranks", pa.int32()),
         _list("models", pa.string()),
+        _list("policies", pa.string()),
         _list("kinds", pa.string()),
     ],
     "curriculum": [*_PAIR, WEIGHT, pa.field("phase", pa.int32(), False)],  # 1 = easiest: the largest margin
     "triple": [
         *_texts("best", "chosen", "rejected"),
         *_rewards("best_reward", "chosen_reward", "rejected_reward", "margin"),  # of chosen over rejected
+        *_provenance("best", "chosen", "rejected"),
     ],
     "steps": [
         *_texts("prefix", "chosen", "rejected", "full_chosen", "full_rejected"),
         *_rewards("chosen_reward", "rejected_reward", "margin"),
+        *_provenance("chosen", "rejected"),
     ],
-    "refinement": [*_texts("response", "improved"), *_rewards("response_reward", "improved_reward", "margin")],
-    "trajectory": [_list("states", pa.string()), _list("rewards", pa.float64()), _list("models", pa.string())],
+    "refinement": [
+        *_texts("response", "improved"),
+        *_rewards("response_reward", "improved_reward", "margin"),
+        *_texts("response_model", "improved_model"),  # the policy, and what aligned its response
+    ],
+    "trajectory": [
+        _list("states", pa.string()),
+        _list("rewards", pa.float64()),
+        _list("models", pa.string()),
+        _list("policies", pa.string()),
+    ],
 }
 
 STRATEGIES = {name: pa.schema([PROMPT_ID, CHAT, *columns, SPLIT, PARTITION]) for name, columns in _COLUMNS.items()}
 """What each strategy makes, by its name. Texts are plain strings, the prompt stays a list of messages. Kept columns
 of the corpus follow."""
 
-MODELS = ("chosen_model", "rejected_model", "model", "models")
-"""The columns of strategies that name the models of texts."""
+_NAMES = dict.fromkeys(name for columns in STRATEGIES.values() for name in columns.names)
+MODELS = tuple(name for name in _NAMES if name.rpartition("_")[2] in ("model", "models", "policy", "policies"))
+"""The columns of strategies that name the models of texts and whose answers they are."""
 
 DROPPED = pa.schema(
     [

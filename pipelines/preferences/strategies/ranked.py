@@ -17,8 +17,8 @@ def ranked(table: pa.Table, build: BuildConfig) -> Made:
     kept, causes = sift(found, found.first[row], found.first[row + 1] - 1, build)
     row = row[kept]
     places = np.flatnonzero(np.isin(found.row, row))
-    lists = listed(found, places, row, "text", "reward", "model", "kind")
-    columns = dict(zip(("completions", "rewards", "models", "kinds"), lists.values(), strict=True))
+    lists = listed(found, places, row, "text", "reward", "model", "policy", "kind")
+    columns = dict(zip(("completions", "rewards", "models", "policies", "kinds"), lists.values(), strict=True))
     place = pa.array(ranks(found.reward, found.row, found.first)[places])
     columns["ranks"] = pa.ListArray.from_arrays(columns["rewards"].offsets, place)
     return Made(columns, row, causes)

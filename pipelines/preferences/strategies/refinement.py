@@ -14,5 +14,6 @@ def refinement(ranked: pa.Table, build: BuildConfig) -> Made:
     improved, response = improved[kept], response[kept]
     columns = texts(found, response=response, improved=improved)
     columns |= rewards(found, response_reward=response, improved_reward=improved)
+    columns |= {"response_model": found.take("model", response), "improved_model": found.take("model", improved)}
     columns["margin"] = margin(found, improved, response)
     return Made(columns, found.row[improved], causes, found.length[improved], found.length[response])

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pyarrow as pa
 
-from pipelines.preferences.picks import Made, candidates, margin, preferred, rewards, sift, texts
+from pipelines.preferences.picks import Made, candidates, margin, preferred, provenance, rewards, sift, texts
 from pipelines.preferences.settings import BuildConfig
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
@@ -26,6 +26,7 @@ def steps(ranked: pa.Table, build: BuildConfig) -> Made:
     columns = {name: cut[i::3] for i, name in enumerate(("prefix", "chosen", "rejected"))}
     columns |= texts(found, full_chosen=chosen, full_rejected=rejected)
     columns |= rewards(found, chosen_reward=chosen, rejected_reward=rejected)
+    columns |= provenance(found, chosen=chosen, rejected=rejected)
     columns["margin"] = margin(found, chosen, rejected)
     return Made(columns, found.row[chosen], causes, found.length[chosen], found.length[rejected])
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from pipelines.preferences.picks import Made, candidates, margin, rewards, sift, texts, why_none
+from pipelines.preferences.picks import Made, candidates, margin, provenance, rewards, sift, texts, why_none
 from pipelines.preferences.settings import BuildConfig
 
 
@@ -21,5 +21,6 @@ def triple(ranked: pa.Table, build: BuildConfig) -> Made:
     best, chosen, rejected = best[kept], chosen[kept], rejected[kept]
     columns = texts(found, best=best, chosen=chosen, rejected=rejected)
     columns |= rewards(found, best_reward=best, chosen_reward=chosen, rejected_reward=rejected)
+    columns |= provenance(found, best=best, chosen=chosen, rejected=rejected)
     columns["margin"] = margin(found, chosen, rejected)
     return Made(columns, row[kept], causes, found.length[chosen], found.length[rejected])

@@ -3,6 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
+from pipelines.preferences import schema
 from pipelines.preferences.picks import Made, candidates, why_none
 from pipelines.preferences.settings import BuildConfig
 
@@ -25,6 +26,6 @@ def unpaired(ranked: pa.Table, build: BuildConfig) -> Made:
     columns = {
         "completion": found.take("text", places),
         "label": pa.array(found.reward[kept] >= bar[kept]),
-        **{name: found.take(name, places) for name in ("reward", "model", "kind")},
+        **{name: found.take(name, places) for name in ("reward", *schema.PROVENANCE)},
     }
     return Made(columns, found.row[kept], why_none(found, found.row, refused))

@@ -69,7 +69,8 @@ def curriculum() -> pa.Table:
 
 
 def triple() -> pa.Table:
-    return _table("triple", [{**_pair(name), "best": f"{name} at its best.", "best_reward": 2.0} for name in CHATS])
+    known = {"best_reward": 2.0, "best_model": "large", "best_policy": "large", "best_kind": "response"}
+    return _table("triple", [{**_pair(name), "best": f"{name} at its best.", **known} for name in CHATS])
 
 
 def steps() -> pa.Table:
@@ -103,7 +104,7 @@ def _singles(pairs: pa.Table) -> pa.Table:
     rows = []
     for pair in pairs.to_pylist():
         for label, side in ((True, "chosen"), (False, "rejected")):
-            known = {name: pair[f"{side}_{name}"] for name in ("reward", "model", "kind")}
+            known = {name: pair[f"{side}_{name}"] for name in ("reward", *schema.PROVENANCE)}
             if known["reward"] is None:
                 known["reward"] = float(label)
             rows.append({**pair, "completion": pair[side], "label": label, **known})
@@ -116,9 +117,10 @@ def _row(name: str) -> dict[str, Any]:
 
 def _pair(name: str) -> dict[str, Any]:
     rewards = {"chosen_reward": 1.25, "rejected_reward": -len(name) / 4, "margin": 1.25 + len(name) / 4}
-    models = {"chosen_model": "aligner", "rejected_model": "policy", "chosen_kind": "aligned"}
+    known = {"chosen_model": "aligner", "chosen_policy": "large", "chosen_kind": "aligned"}
+    known |= {"rejected_model": "small", "rejected_policy": "small", "rejected_kind": "response"}
     sides = dict(zip(("chosen", "rejected"), ANSWERS[name], strict=True))
-    return {**_row(name), **sides, **rewards, **models, "rejected_kind": "response", "weight": 1.0}
+    return {**_row(name), **sides, **rewards, **known, "weight": 1.0}
 
 
 def _table(strategy: str, rows: list[dict[str, Any]]) -> pa.Table:

@@ -26,6 +26,7 @@ def test_card_tells_what_the_dataset_is_made_of(tmp_path: Path) -> None:
         "| reward before | 0.5 |",
         "| reward after | 2 |",
         "| `chosen_model` | 3 `aligner` |",
+        "| `chosen_policy` | 1 `large`, 2 `small` |",
         "| `rejected_model` | 1 `large`, 2 `small` |",
         "| `build.reward` | `q` |",
         "| `chosen` | `list<item: struct<role: string not null, content: string not null>>` |",

@@ -29,10 +29,10 @@ GPT = [
     {"from": "human", "value": "Where does it end?"},
 ]
 CARRIED = {"prompt_id": ROW, "topic": f"of {ROW}"}
-PAIR = CARRIED | {"chosen_model": "aligner", "rejected_model": "policy", "weight": 1.0, "margin": 4.25}
-PAIR |= {"chosen_kind": "aligned", "rejected_kind": "response"}
+PAIR = CARRIED | {"chosen_model": "aligner", "chosen_policy": "large", "chosen_kind": "aligned", "weight": 1.0}
+PAIR |= {"rejected_model": "small", "rejected_policy": "small", "rejected_kind": "response", "margin": 4.25}
 REWARDS = {"chosen_reward": 1.25, "rejected_reward": -3.0}
-SINGLE = CARRIED | {"reward": 1.25, "model": "aligner", "kind": "aligned"}
+SINGLE = CARRIED | {"reward": 1.25, "model": "aligner", "policy": "large", "kind": "aligned"}
 MADE: dict[tuple[str, str], dict[str, Any]] = {
     ("trl", "pairs"): {"prompt": CHAT, "chosen": [ANSWER], "rejected": [WORSE], **PAIR, **REWARDS},
     ("kto", "unpaired"): {"prompt": CHAT, "completion": [ANSWER], "label": True, **SINGLE},

@@ -45,6 +45,35 @@ def test_pairs_prefer_what_is_aligned_to_its_own_response() -> None:
     assert causes == ["", "tie", "same_text", "aligned_lost", "one_candidate"]
 
 
+def test_every_text_tells_whose_answer_it_is_whatever_made_it() -> None:
+    both = [candidate(text, model=policy) for text, policy in (("worst", "small"), ("better", "large"))]
+    four = {**FOUR, "responses": both}
+    (pair,), _ = made("pairs", four, prefer="best_worst", candidates="aligned")
+    assert [pair[f"chosen_{name}"] for name in ("model", "policy", "kind")] == ["aligner", "small", "aligned"]
+    assert [pair[f"rejected_{name}"] for name in ("model", "policy", "kind")] == ["aligner", "large", "aligned"]
+    hardest = made("curriculum", four)[0][-1]
+    assert (hardest["chosen_policy"], hardest["rejected_policy"], hardest["rejected_model"]) == (
+        "small", "large", "aligner"
+    )  # fmt: skip
+    (triple,), _ = made("triple", four)
+    assert sides([triple], "best_policy", "chosen_policy", "rejected_policy") == [("small", "large", "small")]
+    assert sides([triple], "best_kind", "chosen_model", "rejected_model") == [("aligned", "aligner", "small")]
+    (step,), _ = made("steps", four)
+    assert sides([step], "chosen_model", "chosen_policy", "rejected_policy", "rejected_kind") == [
+        ("aligner", "small", "small", "response")
+    ]
+    assert sides(made("refinement", four)[0], "response_model", "improved_model") == [("small", "aligner")]
+    assert sides(made("unpaired", four)[0], "completion", "model", "policy", "kind") == [
+        ("best", "aligner", "small", "aligned"), ("good", "aligner", "large", "aligned"),
+        ("better", "large", "large", "response"), ("worst", "small", "small", "response"),
+    ]  # fmt: skip
+    (listed,), _ = made("ranked", four)
+    assert listed["models"] == ["aligner", "aligner", "large", "small"]
+    assert listed["policies"] == ["small", "large", "large", "small"]
+    (path,), _ = made("trajectory", four)
+    assert (path["models"], path["policies"]) == (listed["models"][::-1], listed["policies"][::-1])
+
+
 def test_the_best_aligned_answer_whose_response_is_there_is_compared() -> None:
     cut = {**FOUR["responses"][0], "finish_reason": "length"}
     rows, _ = made("pairs", {**FOUR, "responses": [cut, FOUR["responses"][1]]})
