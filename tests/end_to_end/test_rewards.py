@@ -3,6 +3,7 @@
 Stored answers and an aligner that leaves them as they are: what is scored is known.
 """
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from actors.rewards.rules import RULES
 from pipelines.config import CONF
 from tests.end_to_end.jobs import CommandLine, CompletedJob, Row, corpus, files, manifests, write_shard
 from tests.end_to_end.scores import words
+from tests.endpoint import serving
 
 WEIGHTS = {"length": 0.2, "repetition": 0.3, "refusal": 0.2, "language": 0.1, "format": 0.2}
 ANSWERS = [
@@ -100,6 +102,36 @@ def test_the_card_tells_the_rewards(runs: Runs) -> None:
     card = (runs.scored / "README.md").read_text()
     assert "| run=000001 | words | 12 |" in card
     assert "not a measure of quality" in card
+
+
+def test_a_judge_is_asked_in_both_orders_and_the_summary_tells_how_far_it_went_by_them(
+    runs: Runs, command_line: CommandLine, tmp_path: Path
+) -> None:
+    """One that prefers the longer answer, but goes by the place alone where an answer repeats itself."""
+
+    def parts(question: str) -> tuple[str, ...]:
+        found = re.findall(r"<(conversation|answer_a|answer_b)>\n(.*)\n</\1>", question, re.DOTALL)
+        return tuple(text for _, text in found)
+
+    def verdict(question: str) -> str:
+        _, first, second = parts(question)
+        return "[[A]]" if "again" in first + second or len(first) > len(second) else "[[B]]"
+
+    with serving(verdict) as endpoint:
+        judge = ["reward=judge", "reward.model=m", "reward.name=judge", f"reward.base_url=http://{endpoint.address}/v1"]
+        judge += [f"input.path={runs.plain}", f"output.root={tmp_path / 'judged'}"]
+        completed = score(command_line, *judge).expect(0)
+    asked = sorted(map(parts, endpoint.asked))
+    assert asked == sorted((chat, second, first) for chat, first, second in asked)
+    assert len(set(asked)) == len(asked) == 2 * 6, "of six rows a second answer, in both orders"
+    rows = corpus(tmp_path / "judged")
+    scores = {tuple(each["text"] for each in row["responses"]): row["rewards"][0]["response"] for row in rows}
+    assert scores == {tuple(ANSWERS[0]): [0.5, 0.0], tuple(ANSWERS[1]): [0.5, 0.5], tuple(ANSWERS[2]): [None, 0.5]}
+    assert [line for line in completed.stdout.splitlines() if line.startswith("reward ")] == [
+        "reward judge: 0.4 -> 0.4 (+0) over 15 candidates",
+        "reward judge: asked in both orders, the answer shown first won 9 of 12 times and lost 3; 50.0% of the pairs "
+        "went by the place alone",
+    ]
 
 
 def test_a_scored_corpus_is_not_scored_again(runs: Runs, lone_command_line: CommandLine) -> None:
