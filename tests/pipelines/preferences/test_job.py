@@ -16,7 +16,7 @@ from pipelines.build_preferences import main
 from pipelines.corpus.storage import Storage
 from pipelines.preferences.build import Builder
 from pipelines.preferences.schema import STRATEGIES
-from tests.pipelines.preferences.fabricate import Row, damage, publish_corpus, row, table
+from tests.pipelines.preferences.fabricate import Row, candidate, damage, publish_corpus, row, table
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -79,6 +79,23 @@ def test_every_prompt_is_built_or_dropped_with_its_cause(corpus: Path, tmp_path:
     assert (dropped[0]["shard"], dropped[0]["row"]) == ("corpus/run=000001/part-00000.parquet", 3)
     assert [each["cause"] for each in dropped[:3]] == ["aligned_lost", "aligned_lost", "aligned_lost"]
     assert not list((tmp_path / "out/units").iterdir())
+
+
+def test_an_answer_that_was_cut_is_not_chosen_however_good_it_looks(tmp_path: Path) -> None:
+    cut = candidate("The best of all, but", finish_reason="length")
+    failed = candidate("Half of", status="failed", error="engine_crash: it died", finish_reason=None)
+    asked = row("p", [cut, "Good.", "Bad."], [failed, "Better.", "Worse."], q=([9, 2, 1], [None, 3, 0]))
+    corpus = publish_corpus(tmp_path / "corpus", table([asked]))
+    chosen = {}
+    for name, more in {"default": [], "any": ["build.require_finish=[]"]}.items():
+        assert main(job(corpus, tmp_path / name, "build.prefer=best_worst", *more)) == 0
+        (made,) = published(tmp_path / name)
+        (manifest,) = manifests(tmp_path / name)
+        chosen[name] = (made["chosen"], made["rejected"], manifest["unused"])
+    assert chosen == {
+        "default": ("Better.", "Worse.", {"unfinished": 1, "failed": 1}),
+        "any": ("The best of all, but", "Worse.", {"failed": 1}),
+    }
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])
