@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,23 +92,57 @@ def shown(
     Ends the process with exit code 4, after a diagnosis, when nothing has moved for `stall_s` seconds.
     """
     show = _bars([*pools], num_rows) if sys.stderr.isatty() else _lines([*pools], num_rows, log_every_s)
+    totals: dict[str, PoolTotals] = {}
+    committed, moved_at = -1, time.monotonic()
+
+    def idle_s() -> float:
+        nonlocal totals, committed, moved_at
+        try:
+            totals = read_board(board)
+        except (ray.exceptions.RayError, TimeoutError):
+            totals = {}  # the board is coming back somewhere; silence still counts towards a stall
+        now = time.monotonic()
+        if tally.num_units != committed:
+            committed, moved_at = tally.num_units, now
+        show(totals, tally)
+        return min([now - moved_at, *(pool.idle_s for pool in totals.values())])
+
+    try:
+        with watched(idle_s, lambda: _diagnosis(totals, pools, tally), stall_s):
+            yield
+    finally:
+        show(None, tally)
+
+
+def _diagnosis(totals: dict[str, PoolTotals], pools: dict[str, str], tally: Tally) -> Iterator[str]:
+    for name, ask in pools.items():
+        pool = totals.get(name)
+        if pool is None:
+            yield f"{name}: no replica has started (asked for {ask})"
+            continue
+        yield (
+            f"{name}: engines {', '.join(pool.states)}; last progress {pool.idle_s:.0f} s ago; {pool.num_running} "
+            f"candidates running, {pool.num_waiting} waiting; units in flight: {', '.join(pool.units) or 'none'}"
+        )
+    yield f"{tally.num_units} units were committed; the same command resumes"
+
+
+# --- the watchdog ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def watched(idle_s: Callable[[], float], diagnosis: Callable[[], Iterable[str]], stall_s: float) -> Iterator[None]:
+    """Ask every second, while the body runs, for how many seconds nothing has moved.
+
+    Ends the process with exit code 4, after a diagnosis, when they are more than `stall_s`.
+    """
     stop = threading.Event()
 
     def watch() -> None:
-        committed, moved_at = -1, time.monotonic()
         while not stop.wait(POLL_S):
-            try:
-                totals = read_board(board)
-            except (ray.exceptions.RayError, TimeoutError):
-                totals = {}  # the board is coming back somewhere; silence still counts towards a stall
-            now = time.monotonic()
-            if tally.num_units != committed:
-                committed, moved_at = tally.num_units, now
-            idle = min([now - moved_at, *(pool.idle_s for pool in totals.values())])
-            show(totals, tally)
+            idle = idle_s()
             if idle > stall_s:
-                _give_up(totals, pools, tally, idle)
-        show(None, tally)
+                _give_up(idle, diagnosis())
 
     thread = threading.Thread(target=watch, name="progress", daemon=True)
     thread.start()
@@ -119,21 +153,15 @@ def shown(
         thread.join()
 
 
-def _give_up(totals: dict[str, PoolTotals], pools: dict[str, str], tally: Tally, idle: float) -> None:
-    print(f"error: nothing has moved for {idle / 60:.1f} minutes (run.stall_minutes); giving up", file=sys.stderr)
-    for name, ask in pools.items():
-        pool = totals.get(name)
-        if pool is None:
-            print(f"  {name}: no replica has started (asked for {ask})", file=sys.stderr)
-            continue
-        in_flight = ", ".join(pool.units) or "none"
-        print(
-            f"  {name}: engines {', '.join(pool.states)}; last progress {pool.idle_s:.0f} s ago; {pool.num_running} "
-            f"candidates running, {pool.num_waiting} waiting; units in flight: {in_flight}",
-            file=sys.stderr,
-        )
-    print(f"  {tally.num_units} units were committed; the same command resumes", file=sys.stderr, flush=True)
+def _give_up(idle_s: float, diagnosis: Iterable[str]) -> None:
+    print(f"error: nothing has moved for {idle_s / 60:.1f} minutes (run.stall_minutes); giving up", file=sys.stderr)
+    for line in diagnosis:
+        print(f"  {line}", file=sys.stderr)
+    sys.stderr.flush()
     os._exit(STALLED)  # a hanging engine would hang an orderly shutdown too; Ray ends its processes when we are gone
+
+
+# --- lines and bars -------------------------------------------------------------------------------------------------
 
 
 Show = Callable[["dict[str, PoolTotals] | None", Tally], None]

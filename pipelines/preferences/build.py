@@ -51,7 +51,8 @@ class Builder:
     fingerprint: str
 
     def build_spans(self, spans: list[Span], duplicates: Mapping[str, Ints]) -> Iterator[pa.Table]:
-        """Build every unit of the spans. Yields a row for each: rows (prompts in), dropped, made (rows out).
+        """Build every unit of the spans. Yields a row for each: done (its name), rows (prompts in), dropped, made
+        (rows out).
 
         Args:
             duplicates: by unit name, which of its prompts are not the first of the corpus, counted from its first row.
@@ -73,7 +74,8 @@ class Builder:
         }  # fmt: skip
         write_unit(self.output, unit, table, facts)
         num_made = sum(facts["made"].values())
-        return pa.table({"rows": [unit.num_rows], "dropped": [facts["num_quarantined"]], "made": [num_made]})
+        told = {"done": named(span, unit), "rows": unit.num_rows, "dropped": facts["num_quarantined"], "made": num_made}
+        return pa.Table.from_pylist([told])
 
     def made(self, unit: Unit, span: Span, rows: pa.Table, duplicates: Ints) -> tuple[pa.Table, dict[str, Any]]:
         """The unit file's table, one row per prompt with a list of what was made of it, and what it counts."""
@@ -106,6 +108,11 @@ class Builder:
             "checks": checks.facts(build.strategy, dataset, found, made, unit.name, build.seed),
         }  # fmt: skip
         return _unit_table(rows, span, unit, split, causes, lists), facts
+
+
+def named(span: Span, unit: Unit) -> str:
+    """A unit as a person finds it: the part, and rows of it."""
+    return f"{span.shard.listed.path} rows {unit.start} to {unit.stop}"
 
 
 def _dataset(ranked: pa.Table, made: Made, split: pa.Array, config: BuildPreferencesConfig) -> pa.Table:

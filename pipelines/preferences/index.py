@@ -33,7 +33,7 @@ def missing(output: Storage, listing: list[Listed], dedup: str) -> list[Listed]:
 
 
 def write_index(source: PublishedCorpus, output: Storage, listed: Listed, dedup: str) -> pa.Table:
-    """Index a part: `key` (uint64) of each prompt, and for `near` its `signature`. Returns one row: rows."""
+    """Index a part: `key` (uint64) of each prompt, and for `near` its `signature`. Returns a row: done (path), rows."""
     num_rows = 0
 
     def write(path: Path) -> None:
@@ -52,7 +52,7 @@ def write_index(source: PublishedCorpus, output: Storage, listed: Listed, dedup:
         writer.close()
 
     output.create_file(f"{FOLDER}/{index_name(listed, dedup)}", write)
-    return pa.table({"rows": [num_rows]})
+    return pa.table({"done": [listed.path], "rows": [num_rows]})
 
 
 def _texts(source: PublishedCorpus, listed: Listed) -> Iterator[pa.Array]:

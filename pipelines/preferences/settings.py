@@ -197,9 +197,10 @@ class BuildRunConfig:
     num_workers: int = option(0, "units built at the same time, a CPU each; 0: as many as the cluster has CPUs")
     accept_changes: bool = option(False, "apply a changed config to new partitions; go on with a corpus that was moved")
     lease_ttl_s: float = option(30.0, "seconds of silence after which another job on the same root counts as dead")
+    stall_minutes: float = option(30.0, "end with exit code 4 after so long without a unit built or a part indexed")
 
     def __post_init__(self) -> None:
-        for name in ("unit_rows", "lease_ttl_s"):
+        for name in ("unit_rows", "lease_ttl_s", "stall_minutes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be more than 0, got {getattr(self, name)}")
         if self.num_workers < 0:

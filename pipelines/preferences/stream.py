@@ -16,18 +16,43 @@ from pipelines import report
 from pipelines.cluster import told_by
 from pipelines.corpus.plan import Plan
 from pipelines.corpus.tasks import Call, Tasks, grouped
-from pipelines.preferences.build import Builder
+from pipelines.preferences.build import Builder, named
 from pipelines.preferences.index import duplicates, missing, write_index
 from pipelines.preferences.settings import BuildPreferencesConfig
+from pipelines.progress import watched
 
 UNITS_PER_TASK = 8
+NUM_NAMED = 4
 
 
-def run(config: BuildPreferencesConfig, calls: Sequence[Call]) -> Iterator[dict[str, Any]]:
-    """Run the calls, `run.num_workers` at the same time. Yields their reports' rows.
+def run(config: BuildPreferencesConfig, calls: Sequence[Call], wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Run the calls, `run.num_workers` at the same time. Yields their reports' rows, each with the name of what is
+    `done`.
 
-    Raises ConfigError for a mistake that only a task could find.
+    Ends the process with exit code 4, after a diagnosis, when nothing gets done for `run.stall_minutes`.
+
+    Args:
+        wanted: the names of all that is to be done, in the order of the calls.
     """
+    done: set[str] = set()
+    moved_at = time.monotonic()
+
+    def diagnosis() -> Iterator[str]:
+        missing = [name for name in wanted if name not in done]
+        yield f"{len(done)} of {len(wanted)} are done; the first that are not: {'; '.join(missing[:NUM_NAMED])}"
+        if not done:
+            yield "no task has reported yet: each needs a free CPU of the cluster"
+        yield "what is committed is kept; the same command resumes"
+
+    with watched(lambda: time.monotonic() - moved_at, diagnosis, config.run.stall_minutes * 60):
+        for row in reports(config, calls):
+            moved_at = time.monotonic()
+            done.add(row["done"])
+            yield row
+
+
+def reports(config: BuildPreferencesConfig, calls: Sequence[Call]) -> Iterator[dict[str, Any]]:
+    """Run the calls on Ray. Raises ConfigError for a mistake that only a task could find."""
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 1  # every report a block of its own: it is told at once
     context.enable_progress_bars = False
@@ -35,11 +60,9 @@ def run(config: BuildPreferencesConfig, calls: Sequence[Call]) -> Iterator[dict[
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised here, too
     warnings.filterwarnings("ignore", module=r"ray\.data")
     num_workers = config.run.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    reports = ray.data.read_datasource(
-        Tasks(calls), num_cpus=1, concurrency=num_workers, override_num_blocks=len(calls)
-    )
+    made = ray.data.read_datasource(Tasks(calls), num_cpus=1, concurrency=num_workers, override_num_blocks=len(calls))
     try:
-        yield from reports.iter_rows()
+        yield from made.iter_rows()
     except ray.exceptions.RayError as error:
         told = told_by(error)
         if told is None:
@@ -54,8 +77,8 @@ def build_all(config: BuildPreferencesConfig, builder: Builder, plan: Plan) -> N
         listing = builder.source.listing()
         new = missing(builder.output, listing, config.prompts.dedup)
         index = [partial(_indexed, builder, listed, config.prompts.dedup) for listed in new]
-        num_rows = sum(each["rows"] for each in run(config, index)) if index else 0
         if index:
+            num_rows = sum(each["rows"] for each in run(config, index, [listed.path for listed in new]))
             report.say(f"indexed: {num_rows} prompts of {len(index)} parts")
         again = duplicates(builder.output, listing, config.prompts)
     calls = []
@@ -67,9 +90,10 @@ def build_all(config: BuildPreferencesConfig, builder: Builder, plan: Plan) -> N
             if span.shard.listed.path in again
         }
         calls.append(partial(builder.build_spans, spans, rows_again))
+    wanted = [named(span, unit) for span in plan.spans for unit in span.units]
     begin = told_at = time.monotonic()
     rows = dropped = made = 0
-    for each in run(config, calls):
+    for each in run(config, calls, wanted):
         rows, dropped, made = rows + each["rows"], dropped + each["dropped"], made + each["made"]
         if time.monotonic() - told_at > config.site.log_every_s:
             told_at = time.monotonic()

@@ -1,14 +1,19 @@
 """build_preferences through its command line, on Ray: killed and resumed, and the next night."""
 
+import contextlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
+import pytest
 
-from tests.end_to_end.jobs import CommandLine, CompletedJob, Job, num_units, unit_facts
+from tests.end_to_end.conftest import RayHead
+from tests.end_to_end.jobs import CommandLine, CompletedJob, Job, children, num_units, unit_facts
 from tests.pipelines.preferences.fabricate import Row, damage, publish_corpus, row, table
 
 SCRIPT = "pipelines/build_preferences.py"
@@ -81,3 +86,26 @@ def test_damage_that_a_worker_finds_is_one_line(command_line: CommandLine, tmp_p
     damage(corpus / "corpus/run=000001/part-00001.parquet")
     (message,) = start(command_line, corpus, tmp_path / "out").wait().expect(2).errors
     assert message.startswith("error: corpus/run=000001/part-00001.parquet is damaged (")
+
+
+@pytest.mark.long
+def test_workers_that_hang_end_the_job_with_4(command_line: CommandLine, ray_head: RayHead, tmp_path: Path) -> None:
+    corpus = publish_corpus(tmp_path / "corpus", table(rows(0, NUM_ROWS)), row_group_size=100)
+    running = start(command_line, corpus, tmp_path / "out", "run.stall_minutes=0.1")
+    running.until(lambda: num_units(tmp_path / "out") >= 5, "5 units were committed")
+    stopped = set()
+    try:
+        while running.process.poll() is None:  # Ray starts others
+            for worker in set(children(psutil.Process(ray_head.raylet))) - stopped:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "".join(worker.cmdline()[:1]).startswith(("ray::ReadUnits", "ray::IDLE")):
+                        worker.suspend()
+                        stopped.add(worker)
+            time.sleep(0.1)
+        completed = running.wait().expect(4)
+    finally:
+        for worker in stopped:
+            worker.kill()
+    assert re.search(r"^error: nothing has moved for 0\.[12] minutes", completed.stderr, re.MULTILINE)
+    assert re.search(r"^  [0-9]+ of 150 are done; the first that are not: corpus/run=", completed.stderr, re.MULTILINE)
+    assert "the same command resumes" in completed.stderr

@@ -78,9 +78,9 @@ def test_a_stall_ends_the_process_with_a_diagnosis() -> None:
     script = (
         "import sys; sys.path.insert(0, '.')\n"
         "from tests.pipelines.test_progress import totals, Tally\n"
-        "from pipelines.progress import _give_up\n"
+        "from pipelines.progress import _diagnosis, _give_up\n"
         "asks = {'policy': '2 x 1 CPUs', 'aligner': '1 x 8 GPUs and 1 CPUs'}\n"
-        "_give_up(totals(4, 5), asks, Tally(num_units=7), 120.0)\n"
+        "_give_up(120.0, _diagnosis(totals(4, 5), asks, Tally(num_units=7)))\n"
     )
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == STALLED

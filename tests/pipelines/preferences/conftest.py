@@ -11,10 +11,10 @@ from pipelines.preferences import stream
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(config: Any, calls: Sequence[Callable[[], Iterator[pa.Table]]]) -> Iterator[dict[str, Any]]:
+    def reports(config: Any, calls: Sequence[Callable[[], Iterator[pa.Table]]]) -> Iterator[dict[str, Any]]:
         for call in calls:
-            for report in call():
-                yield from report.to_pylist()
+            for made in call():
+                yield from made.to_pylist()
 
-    monkeypatch.setattr(stream, "run", run)
+    monkeypatch.setattr(stream, "reports", reports)
     monkeypatch.setattr("pipelines.corpus.storage._sync", lambda path: None)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,43 @@ def test_near_duplicates_and_contaminated_prompts_are_dropped(corpus: Path, tmp_
     (tmp_path / "other.txt").write_text("Tell me of number 13\n")
     more[1] = f"prompts.decontaminate=[{tmp_path / 'other.txt'}]"
     assert main(job(corpus, tmp_path / "out", *more)) == 2, "another benchmark is another dataset"
+
+
+def test_a_task_that_hangs_ends_the_job_with_4_and_what_is_missing_is_named(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build, codes, ended = Builder.build, [], threading.Event()
+
+    def hangs(self: Builder, *arguments: Any) -> pa.Table:
+        if arguments[0].start == 8:
+            monkeypatch.setattr(Builder, "build", build)
+            capsys.readouterr()
+            ended.clear()
+            assert ended.wait(20), "the job hangs in silence"
+        return build(self, *arguments)
+
+    def end(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    monkeypatch.setattr(Builder, "build", hangs)
+    monkeypatch.setattr("pipelines.progress.POLL_S", 0.05)
+    monkeypatch.setattr("pipelines.progress.os._exit", end)
+    assert main(job(corpus, tmp_path / "out", "run.stall_minutes=0.005")) == 0, "this process goes on"
+    assert set(codes) == {4}
+    told = capsys.readouterr().err.splitlines()
+    part = "corpus/run=000001/part-00000.parquet"
+    missing = [
+        f"{part} rows 8 to 12",
+        f"{part} rows 12 to 16",
+        f"{part} rows 16 to 20",
+        f"{part[:-9]}1.parquet rows 0 to 4",
+    ]
+    assert told[:3] == [
+        "error: nothing has moved for 0.0 minutes (run.stall_minutes); giving up",
+        f"  2 of 10 are done; the first that are not: {'; '.join(missing)}",
+        "  what is committed is kept; the same command resumes",
+    ]
 
 
 def test_what_is_no_corpus_is_refused(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
