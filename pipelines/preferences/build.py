@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from actors.contract import ConfigError
 from pipelines.corpus.commit import write_unit
@@ -22,6 +23,7 @@ from pipelines.corpus.units import Unit
 from pipelines.preferences import checks, schema
 from pipelines.preferences.arrow import whole
 from pipelines.preferences.exporters import EXPORTERS
+from pipelines.preferences.exporters.columns import ROLE, lists, message
 from pipelines.preferences.filters import benchmarks_of, prompt_keys, prompt_texts, split_of
 from pipelines.preferences.picks import Made, candidates
 from pipelines.preferences.ranked import Ints, rank
@@ -124,6 +126,8 @@ def _dataset(ranked: pa.Table, made: Made, split: pa.Array, config: BuildPrefere
         columns["weight"] = semantic_weights(
             config.build.semantic_encoder, columns["prompt"], columns["chosen"], config.build.semantic_alpha
         )
+    if config.build.system_prompt:
+        columns["prompt"] = _after_system(whole(columns["prompt"]), config.build.system_prompt)
     kept = config.input.keep_columns
     columns |= {name: ranked[name].take(row) for name in kept}
     wanted = schema.STRATEGIES[config.build.strategy]
@@ -131,6 +135,16 @@ def _dataset(ranked: pa.Table, made: Made, split: pa.Array, config: BuildPrefere
     return pa.table({name: columns[name] for name in order}).cast(
         pa.schema([*wanted, *(ranked.schema.field(name) for name in kept)])
     )
+
+
+def _after_system(prompts: pa.ListArray, text: str) -> pa.ListArray:
+    """Each chat, with a system message before it where it begins with none."""
+    turns, counts = prompts.flatten(), np.asarray(prompts.value_lengths(), np.int32)
+    starts = np.cumsum(counts) - counts
+    lacks = np.asarray(pc.not_equal(pc.struct_field(turns, ROLE).take(pa.array(starts)), "system"))
+    order = np.insert(np.arange(len(turns)), starts[lacks], len(turns))
+    told = pa.concat_arrays([turns, message(pa.array([text]), "system")])
+    return lists(counts + lacks, told.take(pa.array(order)))
 
 
 def models(made: pa.Table) -> dict[str, dict[str, int]]:

@@ -100,6 +100,12 @@ class BuildConfig:
     semantic_alpha: float = option(
         1.0, "the weight is exp(-alpha * (1 - cosine of prompt and chosen))", changes_rows=True
     )
+    system_prompt: str | None = option(
+        None,
+        "system message for prompts that have none: a corpus's do not hold the `policy.system_prompt` that they were "
+        "answered under",
+        changes_rows=True,
+    )
     seed: int = option(0, "of random rejected answers, splits and bootstrap intervals", changes_rows=True)
 
     def __post_init__(self) -> None:

@@ -141,6 +141,29 @@ def test_kept_columns_go_along_whatever_they_hold(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_system_prompt_stands_before_the_prompts_that_have_none(tmp_path: Path) -> None:
+    own = row([("system", "Be kind."), ("user", "Who?")], ["a"], ["b"], q=([1], [2]))
+    turns = row([("user", "Who?"), ("assistant", "Me."), ("user", "Why?")], ["a"], ["b"], q=([1], [2]))
+    corpus = publish_corpus(tmp_path / "corpus", table([own, turns, *rows(count=8)]))
+    more = ["export=trl", "prompts.test_fraction=0.4"]
+    made = {}
+    for name, system in {"without": [], "with": ["build.system_prompt=Be brief."]}.items():
+        assert main(job(corpus, tmp_path / name, *more, *system)) == 0
+        made[name] = {split: published(tmp_path / name, split) for split in ("train", "test")}
+    assert made["without"]["train"] and made["without"]["test"]
+    brief = {"role": "system", "content": "Be brief."}
+    assert made["with"] == {
+        split: [
+            {**each, "prompt": each["prompt"] if each["prompt"][0]["role"] == "system" else [brief, *each["prompt"]]}
+            for each in found
+        ]
+        for split, found in made["without"].items()
+    }
+    prompts = [each["prompt"] for found in made["with"].values() for each in found]
+    assert [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Who?"}] in prompts
+    assert [brief, *turns["prompt"]] in prompts
+
+
 def test_unpublished_partitions_are_not_read(corpus: Path, tmp_path: Path) -> None:
     publish_corpus(corpus, table(rows(100, 4)), number=2)
     (corpus / "corpus/run=000002/_SUCCESS").unlink()
