@@ -98,6 +98,7 @@ def test_triple_has_its_best_answer_as_reference() -> None:
     assert [row["reference"] for row in rows] == [
         [{"role": "assistant", "content": f"{name} at its best."}] for name in examples.CHATS
     ]
+    assert {row["prompt_id"]: pair_of("trl", row)[1:] for row in rows} == examples.ANSWERS
 
 
 @pytest.mark.parametrize(("export", "strategy"), CASES)
