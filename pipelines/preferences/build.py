@@ -122,15 +122,18 @@ def _dataset(ranked: pa.Table, made: Made, split: pa.Array, config: BuildPrefere
     row = pa.array(made.row)
     columns = {"prompt_id": ranked["prompt_id"].take(row), "prompt": ranked["prompt"].take(row), **made.columns}
     columns |= {"split": split.take(row), "partition": ranked["partition"].take(row)}
-    if config.build.semantic_encoder is not None:
+    build, weighed = config.build, schema.WEIGHED.get(config.build.strategy)
+    if build.semantic_encoder is not None and weighed is not None:
         columns["weight"] = semantic_weights(
-            config.build.semantic_encoder, columns["prompt"], columns["chosen"], config.build.semantic_alpha
+            build.semantic_encoder, columns["prompt"], columns[weighed], build.semantic_alpha
         )
-    if config.build.system_prompt:
-        columns["prompt"] = _after_system(whole(columns["prompt"]), config.build.system_prompt)
+    elif weighed is not None:
+        columns["weight"] = pa.repeat(1.0, len(row))
+    if build.system_prompt:
+        columns["prompt"] = _after_system(whole(columns["prompt"]), build.system_prompt)
     kept = config.input.keep_columns
     columns |= {name: ranked[name].take(row) for name in kept}
-    wanted = schema.STRATEGIES[config.build.strategy]
+    wanted = schema.STRATEGIES[build.strategy]
     order = [*wanted.names, *kept]
     return pa.table({name: columns[name] for name in order}).cast(
         pa.schema([*wanted, *(ranked.schema.field(name) for name in kept)])

@@ -156,12 +156,11 @@ def why_none(found: Candidates, row: Ints, refused: npt.NDArray[np.object_]) -> 
 
 
 def pair_columns(found: Candidates, chosen: Ints, rejected: Ints) -> dict[str, pa.Array]:
-    """The columns of pairs: texts, rewards, margin, provenance, and a weight of 1."""
+    """The columns of pairs: texts, rewards, margin and provenance."""
     columns = texts(found, chosen=chosen, rejected=rejected)
     columns |= rewards(found, chosen_reward=chosen, rejected_reward=rejected)
     columns["margin"] = margin(found, chosen, rejected)
-    columns |= provenance(found, chosen=chosen, rejected=rejected)
-    return columns | {"weight": pa.array(np.ones(len(chosen)))}
+    return columns | provenance(found, chosen=chosen, rejected=rejected)
 
 
 def texts(found: Candidates, **places: Ints) -> dict[str, pa.Array]:

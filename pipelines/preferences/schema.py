@@ -59,6 +59,11 @@ PROVENANCE = ("model", "policy", "kind")
 """Fields of CANDIDATE that tell where a text comes from."""
 
 WEIGHT = pa.field("weight", pa.float64(), False)  # 1.0 unless weighted by semantic similarity
+WEIGHED = {
+    "pairs": "chosen", "curriculum": "chosen", "triple": "chosen", "steps": "full_chosen", "refinement": "improved"
+}  # fmt: skip
+"""The answer by whose similarity with the prompt a row is weighted, by strategy: those that compare two answers."""
+
 _PAIR = [
     *_texts("chosen", "rejected"),
     *_rewards("chosen_reward", "rejected_reward", "margin"),
@@ -85,16 +90,19 @@ _COLUMNS = {
         *_texts("best", "chosen", "rejected"),
         *_rewards("best_reward", "chosen_reward", "rejected_reward", "margin"),  # of chosen over rejected
         *_provenance("best", "chosen", "rejected"),
+        WEIGHT,
     ],
     "steps": [
         *_texts("prefix", "chosen", "rejected", "full_chosen", "full_rejected"),
         *_rewards("chosen_reward", "rejected_reward", "margin"),
         *_provenance("chosen", "rejected"),
+        WEIGHT,
     ],
     "refinement": [
         *_texts("response", "improved"),
         *_rewards("response_reward", "improved_reward", "margin"),
         *_texts("response_model", "improved_model"),  # the policy, and what aligned its response
+        WEIGHT,
     ],
     "trajectory": [
         _list("states", pa.string()),

@@ -18,7 +18,7 @@ _READ_BY = {
     "max_length_ratio": tuple(name for name in get_args(Strategy) if name != "unpaired"),
     "threshold": ("unpaired",),
     "num_phases": ("curriculum",),
-    "semantic_encoder": ("pairs", "curriculum"),
+    "semantic_encoder": tuple(schema.WEIGHED),
 }
 """Keys that some strategies read: set for another, they would be silently without effect."""
 
@@ -95,10 +95,10 @@ class BuildConfig:
     )
     num_phases: int = option(3, "`curriculum`: most pairs of a prompt", changes_rows=True)
     semantic_encoder: str | None = option(
-        None, "`pairs`, `curriculum`: folder of a sentence encoder that weights pairs; null: all weigh 1"
+        None, "strategies that compare two answers: folder of a sentence encoder that weights rows; null: all weigh 1"
     )
     semantic_alpha: float = option(
-        1.0, "the weight is exp(-alpha * (1 - cosine of prompt and chosen))", changes_rows=True
+        1.0, "the weight is exp(-alpha * (1 - cosine of prompt and better answer))", changes_rows=True
     )
     system_prompt: str | None = option(
         None,

@@ -50,10 +50,11 @@ def test_the_weight_does_not_depend_on_what_else_is_in_the_batch(encoder: str) -
     assert together == pytest.approx(alone, abs=1e-6)
 
 
+@pytest.mark.parametrize("strategy", ["pairs", "steps", "refinement"])
 @pytest.mark.usefixtures("in_this_process")
-def test_pairs_are_weighted_and_another_encoder_is_another_dataset(encoder: str, tmp_path: Path) -> None:
+def test_rows_are_weighted_and_another_encoder_is_another_dataset(strategy: str, encoder: str, tmp_path: Path) -> None:
     corpus = publish_corpus(tmp_path / "corpus", table([row(text, ["worse"], [f"{text} Yes."]) for text in TEXTS]))
-    given = [f"input.path={corpus}", f"output.root={tmp_path / 'out'}"]
+    given = [f"input.path={corpus}", f"output.root={tmp_path / 'out'}", f"build={strategy}"]
     assert main([*given, f"build.semantic_encoder={encoder}"]) == 0
     made = pq.read_table(tmp_path / "out/preferences/run=000001/train-00000.parquet", partitioning=None)
     wanted = semantic_weights(encoder, chats(TEXTS), pa.array([f"{text} Yes." for text in TEXTS]), 1.0)

@@ -41,7 +41,7 @@ def test_every_strategy_has_a_schema_and_a_preset_of_its_name() -> None:
         (["build=ranked", "build.reward=a", "export=trl"], "export=trl takes curriculum or pairs"),
         (["prompts.test_fraction=0.5", "prompts.validation_fraction=0.5"], "leave nothing for split `train`"),
         (["input.keep_columns=[margin]"], "keep_columns may not name margin"),
-        (["build=steps", "build.semantic_encoder=e"], "semantic_encoder has no effect with strategy=steps: it is for"),
+        (["build=ranked", "build.reward=a", "build.semantic_encoder=e"], "no effect with strategy=ranked: it is for"),
         (["build=unpaired", "build.reward=a", "build.max_length_ratio=2"], "no effect with strategy=unpaired: it is"),
         (["build=ranked", "build.reward=a", "build.prefer=best_worst"], "strategy=ranked: it is for pairs, steps"),
         (["build.threshold=0.5"], "threshold has no effect with strategy=pairs: it is for unpaired"),
