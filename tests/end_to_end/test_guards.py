@@ -6,12 +6,17 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from pipelines.reference import is_section, unwrap, walk
+from pipelines.settings import AlignCorpusConfig
 from tests.end_to_end.conftest import RayHead, Reference, tiny_pool
-from tests.end_to_end.jobs import CommandLine, Job, files, stopped, write_shard
+from tests.end_to_end.jobs import ROOT, CommandLine, Job, files, stopped, write_shard
 
+REFERENCE = ROOT / "conf" / "align_corpus.yaml"
 STALL_MINUTES = 0.3  # longer than a slow machine takes to start an engine; the tests in between run meanwhile
 LEASE_TTL_S = 6.0
 NUM_UNITS = 1000  # more than are made before the aligner is stopped, however slow the machine
@@ -92,10 +97,27 @@ def test_a_wrong_or_missing_token_is_one_line_that_names_where_it_goes(
     assert "RAY_AUTH_MODE=token" in line and "`ray get-auth-token`" in line
 
 
-def test_help_lists_the_keys(lone_command_line: CommandLine) -> None:
+def test_help_tells_every_key(lone_command_line: CommandLine) -> None:
+    """Every key of the reference, each with its help; white space apart, as lines are filled."""
     completed = lone_command_line.run("--help").expect(0)
-    assert "policy.temperature" in completed.stdout
+    told, documented = ("".join(text.replace("#", "").split()) for text in (completed.stdout, REFERENCE.read_text()))
+    keys = [*dotted(yaml.safe_load(REFERENCE.read_text()))]
+    assert len(keys) > 100
+    entries = {entry.key: entry for entry in walk(AlignCorpusConfig)}
+    for key in keys:
+        doc = "".join(entries[key].doc.help.replace("#", "").split())
+        assert doc in documented
+        heading = ":" if is_section(unwrap(entries[key].hint)[0]) else ""
+        assert f"{key}{heading}{doc}" in told, key
     assert completed.stderr == ""
+
+
+def dotted(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Every key of a section and of those in it."""
+    for name, value in section.items():
+        yield prefix + name
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{name}.")
 
 
 def test_a_second_job_waits_and_is_then_refused(hanging: Hanging, lone_command_line: CommandLine) -> None:
