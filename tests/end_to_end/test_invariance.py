@@ -29,29 +29,38 @@ from pipelines.corpus.state import read_state
 from pipelines.corpus.storage import Storage
 from pipelines.settings import AlignCorpusConfig, pin_models
 from tests.end_to_end.conftest import RayHead, Reference, write_prompts
-from tests.end_to_end.jobs import CommandLine, Row, by_place, corpus, promised
+from tests.end_to_end.jobs import CommandLine, Row, by_place, corpus, manifests, promised
 
 # The run differs from `reference` in all that may differ; `test_nothing_else...` below tells which of it mattered.
 VARIED = [
     "run.unit_rows=5", "run.task_mib=0", "policy.num_gpus=1", "policy.units_in_flight=3", "policy.max_num_seqs=7",
     "aligner.num_gpus=1", "aligner.replicas=2", "aligner.max_num_seqs=2", "aligner.kv_cache_tokens=300",
 ]  # fmt: skip
+LIMIT = 14
 ONE_BY_ONE = [
     *VARIED, "policy.replicas=2", "policy.max_num_seqs=1", "aligner.units_in_flight=1", "policy.num_threads=2",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def varied(command_line: CommandLine, job: list[str], new_folder: Callable[[], Path]) -> list[Row]:
-    """The rows of a run that is unlike the reference, its shards written in another order."""
+def varied(command_line: CommandLine, job: list[str], new_folder: Callable[[], Path]) -> Path:
+    """The root of a run that is unlike the reference, its shards written in another order, after one on a few rows."""
     folder = new_folder()
     prompts = write_prompts(folder / "prompts", order=(2, 0, 1))
-    command_line.run(*job, f"input.path={prompts}", f"output.root={folder / 'output'}", *VARIED).expect(0)
-    return corpus(folder / "output")
+    arguments = [*job, f"input.path={prompts}", f"output.root={folder / 'output'}", *VARIED]
+    command_line.run(*arguments, "run.unit_rows=3", f"--limit={LIMIT}").expect(0)
+    command_line.run(*arguments).expect(0)
+    return folder / "output"
 
 
-def test_nothing_that_must_not_change_a_row_does(varied: list[Row], reference: Reference) -> None:
-    assert varied == reference.rows
+def test_nothing_that_must_not_change_a_row_does(varied: Path, reference: Reference) -> None:
+    assert corpus(varied) == reference.rows
+
+
+def test_a_run_after_a_limited_one_makes_the_rest(varied: Path) -> None:
+    limited, rest = (manifest["num_rows"] for manifest in manifests(varied))
+    assert LIMIT <= limited < LIMIT + 3  # units are made whole
+    assert rest == 36 - limited
 
 
 @pytest.mark.long
