@@ -4,15 +4,18 @@ import asyncio
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from actors.contract import ConfigError, RowError
+from actors.decoding import loop
 from actors.decoding.cost import StepCost
+from actors.decoding.forward import SlotCache
 from actors.engines.base import Completion, DraftingConfig, EngineConfig, Request
 from actors.engines.prompts import load_tokenizer
 from actors.engines.torch_engine import TorchEngine
@@ -50,15 +53,41 @@ def wait_until_idle(engine: TorchEngine) -> None:
     raise AssertionError(f"still busy: {engine.stats()}")
 
 
-def test_candidates_do_not_depend_on_their_company(llama_folder: Path) -> None:
-    engine = TorchEngine(config_of(llama_folder, temperature=1.0, max_num_seqs=3), 1)
+def crowd_and_alone(folder: Path) -> tuple[list[Any], list[Any]]:
+    """What ten candidates come to together, and one at a time, the last one first."""
+    engine = TorchEngine(config_of(folder, temperature=1.0, max_num_seqs=3), 1)
     requests = [chat(i) for i in range(10)]
     crowd = asyncio.run(together(engine, requests))
     alone = [asyncio.run(together(engine, [request]))[0] for request in reversed(requests)][::-1]
+    assert engine.stats().num_tokens == sum(completion.num_tokens for completion in [*crowd, *alone])
+    engine.close()
+    return crowd, alone
+
+
+def test_candidates_do_not_depend_on_their_company(llama_folder: Path) -> None:
+    crowd, alone = crowd_and_alone(llama_folder)
     assert crowd == alone
     assert len({completion.text for completion in crowd}) == 10
-    assert engine.stats().num_tokens == 2 * sum(completion.num_tokens for completion in crowd)
-    engine.close()
+
+
+def draws_of_the_engine(patch: pytest.MonkeyPatch) -> None:
+    """Candidates draw from one stream, whatever their seeds."""
+    stream = np.random.default_rng(0)
+    patch.setattr(loop, "uniforms", lambda seed, count: stream.random(count))
+
+
+def slots_not_closed(patch: pytest.MonkeyPatch) -> None:
+    """A candidate that moves to the slot of one that ended leaves its keys and values behind."""
+    patch.setattr(SlotCache, "copy", lambda self, source, target, length: None)
+
+
+@pytest.mark.parametrize("mutate", [draws_of_the_engine, slots_not_closed])
+def test_the_comparison_finds(
+    mutate: Callable[[pytest.MonkeyPatch], None], llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutate(monkeypatch)
+    crowd, alone = crowd_and_alone(llama_folder)
+    assert crowd != alone
 
 
 def test_completion_counts_and_text(engine: TorchEngine, tokenizer: PreTrainedTokenizerBase) -> None:
