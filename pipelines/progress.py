@@ -92,7 +92,7 @@ def shown(
     Ends the process with exit code 4, after a diagnosis, when nothing has moved for `stall_s` seconds.
     """
     show = _bars([*pools], num_rows) if sys.stderr.isatty() else _lines([*pools], num_rows, log_every_s)
-    stop = threading.Event()
+    stop, done = threading.Event(), False
 
     def watch() -> None:
         committed, moved_at = -1, time.monotonic()
@@ -108,12 +108,16 @@ def shown(
             show(totals, tally)
             if idle > stall_s:
                 _give_up(totals, pools, tally, idle)
+        if done:  # else the board may be gone, and nobody wants to wait for it
+            with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+                show(read_board(board), tally)  # what has moved since the last time, all of it in a short job
         show(None, tally)
 
     thread = threading.Thread(target=watch, name="progress", daemon=True)
     thread.start()
     try:
         yield
+        done = True
     finally:
         stop.set()
         thread.join()
