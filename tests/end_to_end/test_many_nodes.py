@@ -89,6 +89,16 @@ def test_replicas_stay_whole_on_their_nodes(nodes: Nodes, job: list[str]) -> Non
 
 
 @pytest.mark.long
+def test_a_job_that_would_have_no_cpu_to_read_and_commit_by_is_refused(nodes: Nodes, job: list[str]) -> None:
+    """Reading and committing take 0.75 CPUs of the node's 16."""
+    pools = [*STORED, "aligner=identity", "policy.num_cpus=8"]
+    (line,) = nodes.command_line.run(*job, *pools, "aligner.num_cpus=8").expect(2).errors
+    assert "no place for 2 of reading (lower the pools' num_cpus or replicas, or add nodes), 1 of committing (" in line
+    assert "aligner: 1 x 8 CPUs; reading: 2 x 0.25 CPUs; committing: 1 x 0.25 CPUs. Nodes: " in line
+    nodes.command_line.run(*job, *pools, "aligner.num_cpus=7.25").expect(0)
+
+
+@pytest.mark.long
 def test_what_fits_finds_its_place_whatever_starts_first(nodes: Nodes, job: list[str]) -> None:
     """Two policies of 4 GPUs, started first and spread as Ray spreads them, would leave no node whole for the 8."""
     add_node(nodes.cluster, num_gpus=8)
