@@ -4,7 +4,7 @@ import asyncio
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from actors.contract import ConfigError, RowError
 from actors.decoding import loop
 from actors.decoding.cost import StepCost
-from actors.decoding.forward import SlotCache
 from actors.engines.base import Completion, DraftingConfig, EngineConfig, Request
 from actors.engines.prompts import load_tokenizer
 from actors.engines.torch_engine import TorchEngine
@@ -70,22 +69,10 @@ def test_candidates_do_not_depend_on_their_company(llama_folder: Path) -> None:
     assert len({completion.text for completion in crowd}) == 10
 
 
-def draws_of_the_engine(patch: pytest.MonkeyPatch) -> None:
-    """Candidates draw from one stream, whatever their seeds."""
+def test_the_comparison_finds_draws_of_the_engine(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Candidates that draw from one stream, whatever their seeds."""
     stream = np.random.default_rng(0)
-    patch.setattr(loop, "uniforms", lambda seed, count: stream.random(count))
-
-
-def slots_not_closed(patch: pytest.MonkeyPatch) -> None:
-    """A candidate that moves to the slot of one that ended leaves its keys and values behind."""
-    patch.setattr(SlotCache, "copy", lambda self, source, target, length: None)
-
-
-@pytest.mark.parametrize("mutate", [draws_of_the_engine, slots_not_closed])
-def test_the_comparison_finds(
-    mutate: Callable[[pytest.MonkeyPatch], None], llama_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mutate(monkeypatch)
+    monkeypatch.setattr(loop, "uniforms", lambda seed, count: stream.random(count))
     crowd, alone = crowd_and_alone(llama_folder)
     assert crowd != alone
 
