@@ -123,7 +123,7 @@ def remedy(need: Need, nodes: list[Node]) -> str:
         most = max((getattr(node, what.lower()) for node in allowed), default=0.0)
         if each > most + 1e-6:
             return f"the largest node has {most:g} {what}: lower {key}, or add larger nodes"
-    return "lower replicas, or add nodes"
+    return "lower replicas, or add nodes" if need.gpus else "lower the pools' num_cpus or replicas, or add nodes"
 
 
 def arithmetic(needs: list[Need], nodes: list[Node]) -> str:

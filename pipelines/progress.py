@@ -110,6 +110,8 @@ def shown(
     try:
         with watched(idle_s, lambda: _diagnosis(totals, pools, tally), stall_s):
             yield
+        with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+            show(read_board(board), tally)  # what has moved since the last time, all of it in a short job
     finally:
         show(None, tally)
 

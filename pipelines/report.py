@@ -73,7 +73,7 @@ def _print_decoding(tally: Tally) -> None:
 
 
 def print_summary(config: JobConfig, output: Storage, plan: Plan, published: Published) -> None:
-    """Counts, where the corpus is, and two of its rows."""
+    """Counts, where the corpus is, and two of its rows, each by its first candidate that came through."""
     for shard in plan.bad_shards:
         say(f"warning: shard {shard.path} was skipped: {shard.reason}")
     if published.withheld:
@@ -131,10 +131,11 @@ def _print_rows(output: Storage, manifest: dict[str, Any]) -> None:
             pq.ParquetFile(file).iter_batches(SHOWN_ROWS, columns=["prompt_id", "prompt", "responses", "aligned"])
         )
     for row in batch.to_pylist():
+        number = next(number for number, each in enumerate(row["aligned"]) if each["status"] == "ok")
         print(f"\n{row['prompt_id']}")
         _print_text("prompt", row["prompt"][-1]["content"])
-        _print_text("response", row["responses"][0]["text"])
-        _print_text("aligned", row["aligned"][0]["text"])
+        _print_text("response", row["responses"][number]["text"])
+        _print_text("aligned", row["aligned"][number]["text"])
 
 
 def _print_text(name: str, text: str) -> None:

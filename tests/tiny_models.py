@@ -67,6 +67,18 @@ def build_tiny_llama(folder: Path) -> Path:
     return _build(folder, LlamaConfig, {})
 
 
+def assert_answers_differ(folder: Path) -> Path:
+    """The folder of a model. Raises AssertionError where its greedy answers, of 16 tokens, do not tell prompts apart.
+
+    For the fixtures: no comparison of texts could fail then.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompts = torch.randint(3, model.config.vocab_size, (64, 24), generator=torch.Generator().manual_seed(0))
+    made = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=16, do_sample=False)
+    assert len({tuple(answer) for answer in made[:, prompts.shape[1] :].tolist()}) >= 60
+    return folder
+
+
 def build_tiny_tied_llama(folder: Path) -> Path:
     """One matrix for embeddings and logits, which makes it repeat itself."""
     return _build(folder, LlamaConfig, {"tie_word_embeddings": True})

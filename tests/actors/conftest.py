@@ -36,7 +36,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 @pytest.fixture(scope="session")
 def llama_folder(model_folder: Callable[[str], Path]) -> Path:
-    return model_folder("llama")
+    return tiny_models.assert_answers_differ(model_folder("llama"))
 
 
 @pytest.fixture(scope="session")

@@ -139,9 +139,9 @@ def lone_command_line(new_folder: Callable[[], Path]) -> Iterator[CommandLine]:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny random model whose answers differ from prompt to prompt; at most 512 tokens."""
-    from tests.tiny_models import build_tiny_llama  # torch and transformers take seconds to import
+    from tests.tiny_models import assert_answers_differ, build_tiny_llama  # torch and transformers take seconds
 
-    return build_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+    return assert_answers_differ(build_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama"))
 
 
 # --- the job that most tests compare with -----------------------------------------------------------------------------

@@ -3,18 +3,25 @@
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from pipelines.reference import is_section, unwrap, walk
+from pipelines.settings import AlignCorpusConfig
 from tests.end_to_end.conftest import RayHead, Reference, tiny_pool
-from tests.end_to_end.jobs import CommandLine, Job, files, stopped, write_shard
+from tests.end_to_end.jobs import ROOT, SCRIPT, CommandLine, Job, files, stopped, write_shard
 
+REFERENCE = ROOT / "conf" / "align_corpus.yaml"
 STALL_MINUTES = 0.3  # longer than a slow machine takes to start an engine; the tests in between run meanwhile
 LEASE_TTL_S = 6.0
 NUM_UNITS = 1000  # more than are made before the aligner is stopped, however slow the machine
+ON_A_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
 MOST_AHEAD = 20  # what waits, and what either pool has in flight, read or not; without a bound it is all of them
 
 
@@ -92,10 +99,27 @@ def test_a_wrong_or_missing_token_is_one_line_that_names_where_it_goes(
     assert "RAY_AUTH_MODE=token" in line and "`ray get-auth-token`" in line
 
 
-def test_help_lists_the_keys(lone_command_line: CommandLine) -> None:
+def test_help_tells_every_key(lone_command_line: CommandLine) -> None:
+    """Every key of the reference, each with its help; white space apart, as lines are filled."""
     completed = lone_command_line.run("--help").expect(0)
-    assert "policy.temperature" in completed.stdout
+    told, documented = ("".join(text.replace("#", "").split()) for text in (completed.stdout, REFERENCE.read_text()))
+    keys = [*dotted(yaml.safe_load(REFERENCE.read_text()))]
+    assert len(keys) > 100
+    entries = {entry.key: entry for entry in walk(AlignCorpusConfig)}
+    for key in keys:
+        doc = "".join(entries[key].doc.help.replace("#", "").split())
+        assert doc in documented
+        heading = ":" if is_section(unwrap(entries[key].hint)[0]) else ""
+        assert f"{key}{heading}{doc}" in told, key
     assert completed.stderr == ""
+
+
+def dotted(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Every key of a section and of those in it."""
+    for name, value in section.items():
+        yield prefix + name
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{name}.")
 
 
 def test_a_second_job_waits_and_is_then_refused(hanging: Hanging, lone_command_line: CommandLine) -> None:
@@ -127,6 +151,23 @@ def test_progress_lines_say_what_each_pool_does(reference: Reference) -> None:
     for pool in ("policy", "aligner"):
         assert re.search(rf"^{line.format(pool)}$", reference.completed.stderr, re.MULTILINE)
     assert re.search(r"^committed: [0-9]+/36 rows, 0 quarantined, ETA ", reference.completed.stderr, re.MULTILINE)
+
+
+@pytest.mark.long
+def test_on_a_terminal_a_bar_a_pool_and_one_for_what_is_committed_reach_the_total(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    texts = [f"Text {number}." for number in range(12)]
+    write_shard(tmp_path / "prompts.parquet", {"prompt": texts, "response": texts})
+    arguments = [
+        f"input.path={tmp_path / 'prompts.parquet'}", "input.response_column=response", "policy=stored",
+        "aligner=identity", f"output.root={tmp_path / 'output'}", "run.unit_rows=2",
+    ]  # fmt: skip
+    command = [sys.executable, "-c", ON_A_TERMINAL, sys.executable, SCRIPT, *arguments]
+    completed = command_line.start_command(command).wait().expect(0)
+    for name in ("policy", "aligner", "committed"):
+        states = re.findall(rf"{name} *: +([0-9]+)%.*?([0-9]+)/12 \[", completed.stdout)
+        assert states[-1] == ("100", "12"), name
 
 
 def test_a_dry_run_shows_what_each_model_will_see_and_take_and_writes_nothing(

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import shutil
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,29 +30,38 @@ from pipelines.corpus.state import read_state
 from pipelines.corpus.storage import Storage
 from pipelines.settings import AlignCorpusConfig, pin_models
 from tests.end_to_end.conftest import RayHead, Reference, write_prompts
-from tests.end_to_end.jobs import CommandLine, Row, by_place, corpus, promised
+from tests.end_to_end.jobs import CommandLine, Row, by_place, corpus, manifests, plain_environment, promised
 
 # The run differs from `reference` in all that may differ; `test_nothing_else...` below tells which of it mattered.
 VARIED = [
     "run.unit_rows=5", "run.task_mib=0", "policy.num_gpus=1", "policy.units_in_flight=3", "policy.max_num_seqs=7",
     "aligner.num_gpus=1", "aligner.replicas=2", "aligner.max_num_seqs=2", "aligner.kv_cache_tokens=300",
 ]  # fmt: skip
+LIMIT = 14
 ONE_BY_ONE = [
     *VARIED, "policy.replicas=2", "policy.max_num_seqs=1", "aligner.units_in_flight=1", "policy.num_threads=2",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def varied(command_line: CommandLine, job: list[str], new_folder: Callable[[], Path]) -> list[Row]:
-    """The rows of a run that is unlike the reference, its shards written in another order."""
+def varied(command_line: CommandLine, job: list[str], new_folder: Callable[[], Path]) -> Path:
+    """The root of a run that is unlike the reference, its shards written in another order, after one on a few rows."""
     folder = new_folder()
     prompts = write_prompts(folder / "prompts", order=(2, 0, 1))
-    command_line.run(*job, f"input.path={prompts}", f"output.root={folder / 'output'}", *VARIED).expect(0)
-    return corpus(folder / "output")
+    arguments = [*job, f"input.path={prompts}", f"output.root={folder / 'output'}", *VARIED]
+    command_line.run(*arguments, "run.unit_rows=3", f"--limit={LIMIT}").expect(0)
+    command_line.run(*arguments).expect(0)
+    return folder / "output"
 
 
-def test_nothing_that_must_not_change_a_row_does(varied: list[Row], reference: Reference) -> None:
-    assert varied == reference.rows
+def test_nothing_that_must_not_change_a_row_does(varied: Path, reference: Reference) -> None:
+    assert corpus(varied) == reference.rows
+
+
+def test_a_run_after_a_limited_one_makes_the_rest(varied: Path) -> None:
+    limited, rest = (manifest["num_rows"] for manifest in manifests(varied))
+    assert LIMIT <= limited < LIMIT + 3  # units are made whole
+    assert rest == 36 - limited
 
 
 @pytest.mark.long
@@ -127,20 +137,19 @@ CUTS = [Cut(4, 32), Cut(5, 3, backwards=True)]
 
 
 @pytest.fixture
-def rows_of(
-    job: list[str], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Cut], list[Row]]:
-    """Makes the rows of the first shard of `job` in this process, through the same plan, reader and stages."""
+def rows_of(job: list[str], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Row]]:
+    """Makes the rows of the first shard of `job` in this process, through the same plan, reader and stages: cut as the
+    first argument says, with the others as overrides."""
     monkeypatch.setattr(actors.pool, "Reporter", Silent)
     monkeypatch.setattr(actors.pool, "units_before", lambda board, pool: ())
     monkeypatch.setattr(  # in this process, where a mutation reaches it
         actors.pool, "build_engine", lambda config, num_threads, *_: TorchEngine(config, num_threads)
     )
 
-    def make(cut: Cut) -> list[Row]:
+    def make(cut: Cut, *overrides: str) -> list[Row]:
         extra = [f"input.path={prompts / 'shard-0.parquet'}", f"output.root={tmp_path}"]
         extra += [f"run.unit_rows={cut.unit_rows}", f"policy.max_num_seqs={cut.max_num_seqs}"]
-        config, _ = compose(AlignCorpusConfig, [*job, *extra], prog="", description="")
+        config, _ = compose(AlignCorpusConfig, [*job, *extra, *overrides], prog="", description="")
         config = pin_models(config)
         source, output = Input(config.input.path), Storage(config.output.root)
         plan = make_plan(source, config.input, output, read_state(output), unit_rows=config.run.unit_rows)
@@ -169,6 +178,50 @@ async def aligned(config: AlignCorpusConfig, units: list[Any]) -> list[Row]:
 def test_stages_in_this_process_make_the_same_rows(rows_of: Callable[[Cut], list[Row]], reference: Reference) -> None:
     for cut in CUTS:
         assert rows_of(cut) == reference.rows[:12]
+
+
+HUB_ID, COMMIT = "someone/tiny-llama", "c0ffee" + "0" * 34
+FROM_HUB = [f"policy.model={HUB_ID}", f"aligner.model={HUB_ID}"]
+
+
+@pytest.fixture
+def hub_cache(tiny_llama: Path, tmp_path: Path) -> Path:
+    """What a hub's cache holds once HUB_ID has been fetched: an older commit without a model, and `main`."""
+    cache = tmp_path / "home" / "hub"
+    repository = cache / f"models--{HUB_ID.replace('/', '--')}"
+    shutil.copytree(tiny_llama, repository / "snapshots" / COMMIT)
+    (repository / "snapshots" / ("0" * 40)).mkdir()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return cache
+
+
+def relabelled(rows: list[Row], model: str) -> list[Row]:
+    """The rows, were this their models' name."""
+    columns = ("responses", "aligned")
+    return [{**row, **{name: [{**each, "model": model} for each in row[name]] for name in columns}} for row in rows]
+
+
+def test_a_hub_id_makes_the_rows_of_its_folder(
+    rows_of: Callable[..., list[Row]], hub_cache: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub_cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    rows = rows_of(CUTS[0], *FROM_HUB)
+    assert rows == relabelled(reference.rows[:12], HUB_ID)
+
+
+@pytest.mark.long
+def test_a_hub_id_does_the_same_job_as_its_folder(
+    hub_cache: Path, job: list[str], reference: Reference, new_folder: Callable[[], Path], tmp_path: Path
+) -> None:
+    environment = {**plain_environment(), "HF_HOME": str(hub_cache.parent)}
+    environment.pop("HF_HUB_CACHE", None)
+    with CommandLine(environment, None, new_folder) as alone:  # the engines of the session's head look elsewhere
+        alone.run(*job, *FROM_HUB, f"output.root={tmp_path / 'output'}").expect(0)
+    assert corpus(tmp_path / "output") == relabelled(reference.rows, HUB_ID)
+    made_of = json.loads((tmp_path / "output" / "runs" / "000001.json").read_bytes())["fingerprint"]
+    assert made_of["policy.model"] == f"{HUB_ID} ({COMMIT})"
 
 
 def seeds_by_position(monkeypatch: pytest.MonkeyPatch) -> None:

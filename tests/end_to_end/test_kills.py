@@ -1,8 +1,9 @@
 """Killed at random moments, the same command at once makes the corpus of a run that nobody disturbed."""
 
-import contextlib
 import random
 import re
+import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -11,30 +12,47 @@ import pytest
 
 from tests.end_to_end.conftest import Reference
 from tests.end_to_end.jobs import LIMIT_S, STAGES, CommandLine, Job, children, corpus, manifests, num_units, unit_facts
+from tests.processes import assert_gone, is_alive
 
 NUM_UNITS = 9
-NUM_KILLS = 20
+VICTIMS = ("driver", "policy", "aligner", "engine")
+NUM_KILLS = 28  # 21 of them of the driver and of actors
+NUM_STARTS = 8
 SLOW = ["policy.max_num_seqs=2", "aligner.max_num_seqs=1", "policy.units_in_flight=1"]  # so that there is time to kill
 
 
-def kill(job: Job, victim: str, rng: random.Random) -> None:
-    """kill -9 the driver, an actor of a pool, or any pool's engine, as soon as there is one; none if the job ends."""
-    if victim == "driver":
-        job.process.kill()
-        job.process.wait()
-        return
+def kill(job: Job, victim: str, rng: random.Random) -> bool:
+    """kill -9 the driver, an actor of a pool, or any pool's engine, as soon as there is one.
+
+    Returns whether that was what ended it: False where the job, or the victim, was faster.
+    """
     deadline = time.monotonic() + LIMIT_S
     while job.process.poll() is None:
-        if victim == "engine":
+        if victim == "driver":
+            found = [psutil.Process(job.pid)]
+        elif victim == "engine":
             found = [engine for pool in STAGES for actor in job.actors(pool) for engine in children(actor)]
         else:
             found = job.actors(victim)
         if found:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                rng.choice(found).kill()
-            return
+            return shot(job, rng.choice(found))
         assert time.monotonic() < deadline, f"there was no process of the {victim} to be killed"
         time.sleep(0.02)
+    return False
+
+
+def shot(job: Job, process: psutil.Process) -> bool:
+    """kill -9 a process of a job. Returns whether it lived until then, its job at work: one that is over kills, too."""
+    try:
+        process.suspend()  # so that nothing else can end it from here on
+        struck = is_alive(process) and job.process.poll() is None
+        process.kill()
+    except psutil.NoSuchProcess:
+        return False
+    if process.pid == job.pid:
+        return struck and job.process.wait() == -signal.SIGKILL
+    assert_gone([process])
+    return struck
 
 
 def num_made(stdout: str) -> int:
@@ -57,7 +75,7 @@ def test_kills_of_both_pools_and_of_the_driver_change_nothing(
         running.until(lambda: num_units(root) >= least, f"{least} units were committed")
         time.sleep(rng.uniform(0, 0.5))
         committed.update(unit_facts(root))
-        kill(running, victim, rng)
+        assert kill(running, victim, rng), f"the job was over before its {victim} was killed"
 
     first, second = rng.sample(["policy", "aligner"], 2)
     kill_later(first, 1)
@@ -87,12 +105,20 @@ def test_a_kill_at_any_moment_changes_nothing(
     rng = random.Random(seed)
     root = tmp_path / "output"
     arguments = [*job, *SLOW, f"output.root={root}"]
-    victim = ("driver", "policy", "aligner", "engine")[seed % 4]
-    running = command_line.start(*arguments)
-    time.sleep(rng.uniform(0, 1.3 * reference.completed.seconds))  # SLOW takes longer: in all of its phases
-    committed = unit_facts(root)
-    if running.process.poll() is None:
-        kill(running, victim, rng)
+    victim = VICTIMS[seed % len(VICTIMS)]
+    latest_s = 1.3 * reference.completed.seconds  # SLOW takes longer: in all of its phases
+    for _ in range(NUM_STARTS):
+        running = command_line.start(*arguments)
+        moment_s = rng.uniform(0, latest_s)
+        time.sleep(moment_s)
+        committed = unit_facts(root)
+        if kill(running, victim, rng):
+            break
+        running.wait().expect(0)
+        shutil.rmtree(root)
+        latest_s = moment_s  # it was over by then: anew, and earlier
+    else:
+        pytest.fail(f"{NUM_STARTS} jobs were over before their {victim} was killed")
     if victim != "driver":
         running.wait().expect(0)
 

@@ -1,5 +1,6 @@
 """A cluster of several nodes, here on one machine with logical GPUs: replicas stay whole, nodes come and go."""
 
+import asyncio
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,10 +11,17 @@ import pytest
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
+from actors.candidates import made
+from actors.engines.base import Completion, Request
+from actors.engines.torch_engine import TorchEngine
+from actors.recipes import aligner_input
+from pipelines.config import compose
+from pipelines.settings import AlignCorpusConfig
 from tests.end_to_end.conftest import tiny_pool
 from tests.end_to_end.jobs import CommandLine, Job, corpus, num_units, plain_environment, write_shard
 
 NUM_ROWS = 120
+TEXTS = [f"Text {number}." for number in range(NUM_ROWS)]
 STORED = ["policy=stored", "input.response_column=response"]
 
 
@@ -55,8 +63,7 @@ def add_node(cluster: Cluster, num_gpus: int) -> Node:
 @pytest.fixture
 def job(tmp_path: Path) -> list[str]:
     """A job of many small units."""
-    texts = [f"Text {number}." for number in range(NUM_ROWS)]
-    write_shard(tmp_path / "prompts.parquet", {"prompt": texts, "response": texts})
+    write_shard(tmp_path / "prompts.parquet", {"prompt": TEXTS, "response": TEXTS})
     return [f"input.path={tmp_path / 'prompts.parquet'}", f"output.root={tmp_path / 'output'}", "run.unit_rows=2"]
 
 
@@ -82,6 +89,16 @@ def test_replicas_stay_whole_on_their_nodes(nodes: Nodes, job: list[str]) -> Non
 
 
 @pytest.mark.long
+def test_a_job_that_would_have_no_cpu_to_read_and_commit_by_is_refused(nodes: Nodes, job: list[str]) -> None:
+    """Reading and committing take 0.75 CPUs of the node's 16."""
+    pools = [*STORED, "aligner=identity", "policy.num_cpus=8"]
+    (line,) = nodes.command_line.run(*job, *pools, "aligner.num_cpus=8").expect(2).errors
+    assert "no place for 2 of reading (lower the pools' num_cpus or replicas, or add nodes), 1 of committing (" in line
+    assert "aligner: 1 x 8 CPUs; reading: 2 x 0.25 CPUs; committing: 1 x 0.25 CPUs. Nodes: " in line
+    nodes.command_line.run(*job, *pools, "aligner.num_cpus=7.25").expect(0)
+
+
+@pytest.mark.long
 def test_what_fits_finds_its_place_whatever_starts_first(nodes: Nodes, job: list[str]) -> None:
     """Two policies of 4 GPUs, started first and spread as Ray spreads them, would leave no node whole for the 8."""
     add_node(nodes.cluster, num_gpus=8)
@@ -102,7 +119,26 @@ def test_a_node_that_dies_costs_no_row(nodes: Nodes, job: list[str], tiny_llama:
     nodes.cluster.remove_node(doomed, allow_graceful=False)
     assert num_units(tmp_path / "output") < NUM_ROWS / 2, "it was over before the node died"
     running.wait().expect(0)
-    assert [row["source"]["row"] for row in corpus(tmp_path / "output")] == list(range(NUM_ROWS))
+    rows = corpus(tmp_path / "output")
+    assert [row["source"]["row"] for row in rows] == list(range(NUM_ROWS))
+    assert [row["responses"][0]["text"] for row in rows] == TEXTS
+    assert [row["aligned"][0]["text"] for row in rows] == aligned_undisturbed([*job, *pools])
+
+
+def aligned_undisturbed(arguments: list[str]) -> list[str]:
+    """What the job's aligner says to TEXTS in this process, where nothing dies."""
+    groups = ("policy", "aligner")
+    config, _ = compose(AlignCorpusConfig, arguments, prog="", description="", groups=groups)
+    engine = TorchEngine(config.aligner, 1)
+
+    async def said() -> list[Completion]:
+        inputs = [aligner_input(config.aligner, (("user", text),), text) for text in TEXTS]
+        return await asyncio.gather(*(engine.generate(Request(each, seed=0)) for each in inputs))
+
+    texts = [made(completion, config.aligner.reasoning_end)["text"] for completion in asyncio.run(said())]
+    engine.close()
+    assert len(set(texts)) > NUM_ROWS / 2, "they differ: one row's text is not another's"
+    return texts
 
 
 @pytest.mark.long

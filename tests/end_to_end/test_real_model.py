@@ -51,6 +51,18 @@ def test_the_real_model_answers_and_aligns(aligned: tuple[CompletedJob, Path], r
     assert sum(each["changed"] for each in aligned_answers) > len(aligned_answers) / 2
 
 
+def test_at_the_end_two_rows_are_shown(aligned: tuple[CompletedJob, Path], rows: list[Row]) -> None:
+    """Of each its first candidate that came through, white space apart: the second row's first one did not."""
+    summary, *shown = aligned[0].stdout[aligned[0].stdout.index("corpus: ") :].split("\n\n")
+    assert summary == f"corpus: {aligned[1]}/corpus (8 rows in 1 partition)"
+    expected = []
+    for row, number in zip(rows, (0, 1), strict=False):
+        prompt, response, better = row["prompt"][-1]["content"], row["responses"][number], row["aligned"][number]
+        assert response["status"] == better["status"] == "ok"
+        expected.append([row["prompt_id"], "prompt", prompt, "response", response["text"], "aligned", better["text"]])
+    assert ["".join(each.split()) for each in shown] == ["".join("".join(each).split()) for each in expected]
+
+
 def test_candidates_of_every_policy_stand_side_by_side(rows: list[Row]) -> None:
     models = [[response["model"] for response in row["responses"]] for row in rows]
     assert models == [["last-year"] * max(1, len(stored or [])) + [MODEL] for stored in STORED]

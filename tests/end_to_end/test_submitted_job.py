@@ -27,18 +27,22 @@ def command_line(ray_head: RayHead, new_folder: Callable[[], Path]) -> Iterator[
         yield jobs
 
 
-def test_a_submitted_job_makes_the_corpus_and_passes_its_exit_code_on(
+def test_a_submitted_job_makes_the_corpus_and_passes_on_what_it_prints_and_its_exit_code(
     ray_head: RayHead, command_line: CommandLine, tmp_path: Path
 ) -> None:
     write_shard(tmp_path / "prompts" / "good.parquet", {"prompt": ["How?", "Why?"], "response": ["So.", "Because."]})
-    (tmp_path / "prompts" / "bad.parquet").write_bytes(b"no shard")
     arguments = [
         f"input.path={tmp_path / 'prompts'}", "input.response_column=response", f"output.root={tmp_path / 'output'}",
         "input.on_bad_shard=skip", "policy=stored", "aligner=identity",
     ]  # fmt: skip
     ray = ["ray", "job", "submit", "--address", ray_head.dashboard, "--working-dir", "."]
-    completed = command_line.start_command([*ray, "--", "python", SCRIPT, *arguments]).wait()
+    command = [*ray, "--", "python", SCRIPT, *arguments]
+    followed = command_line.start_command(command).wait().expect(0)
+    assert "published: run=000001: 2 rows in = 2 ok + 0 quarantined" in followed.stdout.splitlines()
     assert [row["responses"][0]["text"] for row in corpus(tmp_path / "output")] == ["So.", "Because."]
+
+    (tmp_path / "prompts" / "bad.parquet").write_bytes(b"no shard")
+    completed = command_line.start_command(command).wait()
     assert completed.returncode == 1, "Ray's own for a job that failed; its message says what the job's was"
     assert "Job entrypoint command failed with exit code 3" in completed.stdout
 

@@ -8,7 +8,10 @@ from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
 from actors.contract import TransientError
 from pipelines import placement
+from pipelines.config import compose
 from pipelines.placement import Need, Node, fit, left_over, node_ids, refusal, wait_until_placeable
+from pipelines.settings import AlignCorpusConfig
+from pipelines.stream import needs
 
 EIGHT = [Node("a", 32, 8), Node("b", 32, 8)]
 
@@ -136,6 +139,20 @@ def test_the_refusal_does_the_arithmetic() -> None:
         "Nodes: a: 8 GPUs, 32 CPUs; b: 8 GPUs, 32 CPUs"
     )
     assert refusal([Need("policy", 2, 1, 1)], EIGHT, "on this cluster") is None
+
+
+def test_what_reading_and_committing_take_is_counted() -> None:
+    """Two pools of a CPU each on a node of two would leave none to feed them from: they would wait for ever."""
+    job = ["input.path=in", "input.response_column=answer", "output.root=out", "policy=stored", "aligner=identity"]
+    config, _ = compose(AlignCorpusConfig, job, prog="", description="", groups=("policy", "aligner"))
+    told = str(refusal(needs(config), [Node("a", 2, 0)], "on this cluster"))
+    change = "lower the pools' num_cpus or replicas, or add nodes"
+    assert f"no place for 2 of reading ({change}), 1 of committing ({change}). " in told
+    assert (
+        "policy: 1 x 1 CPUs; aligner: 1 x 1 CPUs; reading: 2 x 0.25 CPUs; committing: 1 x 0.25 CPUs. "
+        "Nodes: a: 0 GPUs, 2 CPUs"
+    ) in told
+    assert refusal(needs(config), [Node("a", 2.75, 0)], "on this cluster") is None
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,21 @@
 """Progress lines, totals of a pool, and the watchdog's diagnosis."""
 
+import contextlib
+import os
+import pty
+import re
 import subprocess
 import sys
+import termios
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines.progress import STALLED, PoolTotals, Tally, _lines
+from pipelines import progress
+from pipelines.progress import STALLED, PoolTotals, Tally, _lines, shown
 from pipelines.report import print_throughput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +44,44 @@ def test_a_line_a_pool_and_one_for_what_is_committed(
         "aligner: starting",
         "committed: 20/100 rows, 3 quarantined, ETA 0:01:20",
     ]
+
+
+def test_on_a_terminal_a_bar_a_pool_and_one_for_what_is_committed_reach_the_total(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 160))
+    screen = bytearray()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the other end is closed
+            while data := os.read(ours, 4096):
+                screen.extend(data)
+
+    tally = Tally()
+
+    def read_board(board: Any) -> dict[str, PoolTotals]:
+        seen = totals(tally.num_rows, 10 * tally.num_rows)["policy"]
+        return {"policy": seen, "aligner": seen}
+
+    monkeypatch.setattr(progress, "read_board", read_board)
+    monkeypatch.setattr(progress, "POLL_S", 0.05)
+    reader = threading.Thread(target=read)
+    reader.start()
+    with open(theirs, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        with shown(None, tally, {"policy": "", "aligner": ""}, 36, log_every_s=0, stall_s=60):
+            tally.num_rows, tally.num_quarantined = 12, 1
+            time.sleep(0.5)
+            tally.num_rows, tally.num_quarantined = 36, 3  # the end, between two polls
+    reader.join()
+    os.close(ours)
+    for name, told in (("policy", "5 in flight, 2 failed"), ("aligner", "5 in flight, 2 failed"), ("committed", "3 q")):
+        states = re.findall(rf"{name} *: +([0-9]+)%\|.*?\| ([0-9]+)/36 \[.*?, ([^\]]*)\]", screen.decode())
+        counts = [(percent, rows) for percent, rows, _ in states]
+        assert ("33", "12") in counts
+        assert counts[-1] == ("100", "36"), name
+        assert told in states[-1][2]
 
 
 def test_a_pool_whose_engines_are_not_up_yet_is_starting(capsys: pytest.CaptureFixture[str]) -> None:

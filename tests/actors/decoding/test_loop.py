@@ -56,10 +56,6 @@ def generate(folder: Path, prompts: Prompts) -> list[list[int]]:
     return answers
 
 
-def test_tiny_model_answers_each_prompt_differently(llama: PreTrainedModel) -> None:
-    assert len({tuple(tokens) for tokens in decode(llama, make_prompts(64))}) >= 60
-
-
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen2", "mistral"])
 def test_greedy_equals_generate(model_folder: Callable[[str], Path], kind: str) -> None:
     folder = model_folder(kind)

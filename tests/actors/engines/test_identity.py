@@ -1,6 +1,7 @@
 """Which model it is: what is noticed when a folder's contents change, and what is refused."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,11 @@ from huggingface_hub.errors import HTTPError
 from actors.contract import ConfigError
 from actors.engines.base import EngineConfig
 from actors.engines.identity import identity, pinned
-from tests.tiny_models import build_tiny_llama
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> EngineConfig:
-    return EngineConfig(model=str(build_tiny_llama(tmp_path / "model")))
+def model(llama_folder: Path, tmp_path: Path) -> EngineConfig:
+    return EngineConfig(model=str(shutil.copytree(llama_folder, tmp_path / "model")))
 
 
 def test_a_folder_keeps_its_identity_while_nothing_in_it_changes(model: EngineConfig) -> None:

@@ -4,6 +4,7 @@ Real tensor parallel groups on the CPU: each start takes ten seconds on two core
 """
 
 import asyncio
+import itertools
 import os
 import signal
 import subprocess
@@ -20,8 +21,10 @@ from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, PreTrainedModel
 
 from actors.contract import ConfigError
+from actors.decoding import loop
 from actors.decoding.forward import Forward
 from actors.decoding.loop import DecodeLoop, Row
+from actors.decoding.sampling import uniforms
 from actors.engines import build_engine
 from actors.engines.base import Completion, DraftingConfig, EngineConfig, Request
 from actors.engines.footprint import footprint
@@ -110,6 +113,16 @@ def test_two_ranks_sample_like_one(sampling: HostedEngine, llama_folder: Path) -
     expected = by_one_rank(llama_folder, requests, temperature=0.8, top_p=0.95)
     assert len({made.text for made in expected}) > 40
     assert asyncio.run(together(sampling, requests)) == expected
+
+
+def test_a_rank_that_drew_by_arrival_would_be_found(
+    sampling: HostedEngine, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = make_requests(48)
+    arrivals = itertools.count()
+    monkeypatch.setattr(loop, "uniforms", lambda seed, count: uniforms(next(arrivals), count))
+    mutated = by_one_rank(llama_folder, requests[::-1], temperature=0.8, top_p=0.95)[::-1]
+    assert asyncio.run(together(sampling, requests)) != mutated
 
 
 def test_death_of_a_follower_costs_no_request(

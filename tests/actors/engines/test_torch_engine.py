@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from actors.contract import ConfigError, RowError
+from actors.decoding import loop
 from actors.decoding.cost import StepCost
 from actors.engines.base import Completion, DraftingConfig, EngineConfig, Request
 from actors.engines.prompts import load_tokenizer
@@ -50,15 +52,29 @@ def wait_until_idle(engine: TorchEngine) -> None:
     raise AssertionError(f"still busy: {engine.stats()}")
 
 
-def test_candidates_do_not_depend_on_their_company(llama_folder: Path) -> None:
-    engine = TorchEngine(config_of(llama_folder, temperature=1.0, max_num_seqs=3), 1)
+def crowd_and_alone(folder: Path) -> tuple[list[Any], list[Any]]:
+    """What ten candidates come to together, and one at a time, the last one first."""
+    engine = TorchEngine(config_of(folder, temperature=1.0, max_num_seqs=3), 1)
     requests = [chat(i) for i in range(10)]
     crowd = asyncio.run(together(engine, requests))
     alone = [asyncio.run(together(engine, [request]))[0] for request in reversed(requests)][::-1]
+    assert engine.stats().num_tokens == sum(completion.num_tokens for completion in [*crowd, *alone])
+    engine.close()
+    return crowd, alone
+
+
+def test_candidates_do_not_depend_on_their_company(llama_folder: Path) -> None:
+    crowd, alone = crowd_and_alone(llama_folder)
     assert crowd == alone
     assert len({completion.text for completion in crowd}) == 10
-    assert engine.stats().num_tokens == 2 * sum(completion.num_tokens for completion in crowd)
-    engine.close()
+
+
+def test_the_comparison_finds_draws_of_the_engine(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Candidates that draw from one stream, whatever their seeds."""
+    stream = np.random.default_rng(0)
+    monkeypatch.setattr(loop, "uniforms", lambda seed, count: stream.random(count))
+    crowd, alone = crowd_and_alone(llama_folder)
+    assert crowd != alone
 
 
 def test_completion_counts_and_text(engine: TorchEngine, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -4,12 +4,14 @@ Real engines on the CPU: each start takes about 25 s, so there are few and tests
 """
 
 import asyncio
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from tests.tiny_models import CHAT_TEMPLATE, build_tiny_llama
 ROOT = Path(__file__).parents[3]
 TIMEOUT = 300  # seconds; a hang fails instead of stalling the suite
 STOP = ["th", "é"]
+NUM_SAMPLED = 20  # fewer texts than SAMPLED comes to
 TURN_END = "pful"  # a token that the tiny model often makes
 BEYOND = "beyond the model"  # the tokenizer knows it as one token, the model has no row for it
 
@@ -121,16 +124,34 @@ def test_bad_requests_fail_alone(greedy: HostedEngine) -> None:
     assert made[1].message.endswith("prompt tokens + 24 max_tokens exceed the model's 512")
 
 
+SAMPLED = [*map(chat, range(18)), *(Request(prompt=chat(0).prompt, seed=2**62 + seed) for seed in range(6))]
+
+
+def crowd_and_alone(engine: HostedEngine, seeded: Callable[[Request], Request]) -> tuple[list[Any], list[Any]]:
+    """What SAMPLED come to together, and every third of them by itself, the last one first."""
+    crowd = asyncio.run(together(engine, [seeded(request) for request in SAMPLED]))
+    return crowd, [asyncio.run(together(engine, [seeded(request)]))[0] for request in SAMPLED[::-3]][::-1]
+
+
 def test_sampled_candidates_do_not_depend_on_their_company(sampling: HostedEngine) -> None:
-    same_prompt = [Request(prompt=chat(0).prompt, seed=2**62 + seed) for seed in range(6)]
-    requests = [*map(chat, range(18)), *same_prompt]
     before = sampling.stats().num_tokens
-    crowd = asyncio.run(together(sampling, requests))
-    assert sampling.stats().num_tokens - before == sum(completion.num_tokens for completion in crowd)
+    crowd, alone = crowd_and_alone(sampling, lambda request: request)
+    assert sampling.stats().num_tokens - before == sum(completion.num_tokens for completion in [*crowd, *alone])
     assert (sampling.stats().num_running, sampling.stats().num_waiting) == (0, 0)
-    alone = [asyncio.run(together(sampling, [request]))[0] for request in requests[::-3]][::-1]
     assert alone == crowd[2::3]
-    assert len({completion.text for completion in crowd}) > 20
+    assert num_texts(crowd) > NUM_SAMPLED
+
+
+def num_texts(made: list[Any]) -> int:
+    return len({completion.text for completion in made})
+
+
+def test_the_comparison_finds_seeds_by_arrival_and_one_seed_for_all(sampling: HostedEngine) -> None:
+    arrivals = itertools.count()
+    crowd, alone = crowd_and_alone(sampling, lambda request: replace(request, seed=next(arrivals)))
+    assert alone != crowd[2::3]
+    crowd, _ = crowd_and_alone(sampling, lambda request: replace(request, seed=1))
+    assert num_texts(crowd) <= NUM_SAMPLED
 
 
 def test_death_of_the_engine_core_costs_no_request(sampling: HostedEngine) -> None:

@@ -18,8 +18,8 @@ from actors.contract import ConfigError, RowError
 from actors.engines.base import Engine, Messages, Request, ScoringConfig
 from actors.engines.hosted import HostedEngine
 from actors.reward import RewardConfig
-from actors.rewards import build_reward
-from actors.rewards.classifier import Classifier, batch_of
+from actors.rewards import build_reward, classifier
+from actors.rewards.classifier import Classifier, batch_of, score_batch
 from actors.rewards.heads import scored_ids
 from tests.processes import assert_gone
 from tests.tiny_models import CHAT_TEMPLATE, build_tiny_llama, build_tiny_reward, build_tokenizer
@@ -85,11 +85,40 @@ def test_scores_are_those_of_the_plain_call_whatever_the_batch(
     chats = CHATS[:-1]  # the last holds special-token text, which the plain call would take for a special token
     expected = plain(folder, chats)
     assert max(expected) - min(expected) > 0.1
+    assert scores_in_batches(folder, chats, max_rows) == pytest.approx(expected, abs=1e-5)
+
+
+def scores_in_batches(folder: Path, chats: list[Messages], max_rows: int) -> list[float]:
     engine = Classifier(config_of(folder, max_num_seqs=max_rows, batch_tokens=200), 1)
     try:
-        assert scores_of(engine, chats) == pytest.approx(expected, abs=1e-5)
+        return scores_of(engine, chats)
     finally:
         engine.close()
+
+
+def filled_in_front(rows: list[list[int]]) -> list[list[int]]:
+    """Padding on the left that no mask hides."""
+    width = max(map(len, rows))
+    return [[5] * (width - len(row)) + row for row in rows]
+
+
+def scored_at_the_end(rows: list[list[int]]) -> list[list[int]]:
+    """The score is that of the last column, padding or not."""
+    width = max(map(len, rows))
+    return [row + [5] * (width - len(row)) for row in rows]
+
+
+@pytest.mark.parametrize("mutate", [filled_in_front, scored_at_the_end])
+def test_the_comparison_finds(
+    mutate: Callable[[list[list[int]]], list[list[int]]],
+    folder_of: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, chats = folder_of(pad_token_id=0), CHATS[:-1]
+    monkeypatch.setattr(classifier, "score_batch", lambda model, rows: score_batch(model, mutate(rows)))
+    expected = plain(folder, chats)
+    assert scores_in_batches(folder, chats, max_rows=1) == pytest.approx(expected, abs=1e-5)
+    assert scores_in_batches(folder, chats, max_rows=3) != pytest.approx(expected, abs=1e-5)
 
 
 def test_a_template_that_writes_a_bos_gets_no_second_one_of_the_tokenizer() -> None:
