@@ -158,9 +158,19 @@ def denoise(case: Case, row: int, num_iterations: int) -> tuple[list[int], str]:
 @many
 @given(cases(), st.sampled_from([1, 2, 3, 6, MAX_TOKENS]))
 def test_iterations_equal_their_definition(case: Case, num_iterations: int) -> None:
-    for i, row in enumerate(case.decode(max_iterations=num_iterations, cost=None)):
+    made = case.decode(max_iterations=num_iterations, cost=None)
+    for i, row in enumerate(made):
         assert (row.tokens, row.finish_reason) == denoise(case, i, num_iterations)
         assert row.iterations <= num_iterations
+    for row, fixed in zip(made, after_heads(case, made), strict=True):
+        num_fixed = min(row.num_reserved + num_iterations, row.max_tokens)
+        assert row.tokens[:num_fixed] == fixed[:num_fixed]
+
+
+def after_heads(case: Case, rows: list[Row]) -> list[list[int]]:
+    """What greedy decoding makes of each row's prompt with its reserved tokens behind it, these included."""
+    follows = Case(case.model, [row.head for row in rows], [[] for _ in rows], 0, case.loop).greedy()
+    return [[*row.tokens[: row.num_reserved], *each.tokens] for row, each in zip(rows, follows, strict=True)]
 
 
 @pytest.mark.parametrize("num_iterations", [None, 2, MAX_TOKENS])
