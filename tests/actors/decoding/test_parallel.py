@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from actors.decoding import loop as loop_module
+from actors.decoding import sampling
 from actors.decoding.cost import StepCost
 from actors.decoding.forward import ATTENTION, Forward, SlotCache
 from actors.decoding.loop import DecodeLoop, Row
@@ -194,6 +196,62 @@ def test_forwards_are_bounded_and_batched_all_the_same(
     assert [row.tokens for row in parts] == [row.tokens for row in whole]
     assert [row.iterations for row in parts] == [row.iterations for row in whole]
     assert max(totals) >= 20
+
+
+# --- what is forwarded, and what is waited for ------------------------------------------------------------------------
+
+
+class Waits(TorchFunctionMode):
+    """Counts what makes the host wait for the device: reading a value of a tensor, or its shape off its values."""
+
+    READS = frozenset({"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__",
+                       "cpu", "numpy", "nonzero", "unique", "masked_select", "equal", "allclose"})  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        masked = name in ("__getitem__", "__setitem__") and any(
+            isinstance(part, torch.Tensor) and part.dtype == torch.bool
+            for part in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        )
+        if name in self.READS or masked:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [
+        ({}, 1),
+        ({"cost": COSTS["knee"]}, 1),
+        ({"max_iterations": 4}, 1),
+        ({"block_size": 1}, 1),
+        ({"temperature": 0.8}, 1),
+        ({"temperature": 0.8, "top_k": 5, "top_p": 0.9}, 1),
+        ({"temperature": 0.8, "top_p": 0.9}, 1),  # the first values hold the whole nucleus
+        ({"temperature": 50.0, "top_p": 0.99}, 2),  # they do not: as `draw` says
+    ],
+)
+def test_a_step_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], most: int) -> None:
+    """Rows come and go meanwhile, and a step may take several forwards."""
+    monkeypatch.setattr(loop_module, "STEP_TOKENS", 16)
+    monkeypatch.setattr(sampling, "NUM_HEAD", 32)
+    case, counts = fixed_case(), []
+    real = DecodeLoop.step
+
+    def watched(self: DecodeLoop) -> list[Row]:
+        with Waits() as waits:
+            finished = real(self)
+        counts.append(len(waits.names))
+        return finished
+
+    monkeypatch.setattr(DecodeLoop, "step", watched)
+    case.decode(**settings)
+    assert len(counts) > 2
+    assert max(counts) == most
 
 
 # --- mutations that the comparisons above must notice -----------------------------------------------------------------
