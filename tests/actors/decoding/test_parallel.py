@@ -1,6 +1,7 @@
 """A draft changes how long an answer takes, never the answer; a number of iterations gives what its definition says."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -71,14 +72,22 @@ class Case:
     loop: dict[str, Any]
     max_tokens: int = MAX_TOKENS
 
-    def decode(self, *, drafts: Sequence[Sequence[int] | None] | None = None, **changes: Any) -> list[Row]:
-        """Finished rows; `changes` to the loop's settings."""
+    def decode(
+        self,
+        *,
+        drafts: Sequence[Sequence[int] | None] | None = None,
+        watch: Callable[[DecodeLoop], object] | None = None,
+        **changes: Any,
+    ) -> list[Row]:
+        """Finished rows; `changes` to the loop's settings. `watch` gets the loop before its first row."""
         kwargs: dict[str, Any] = {"eos": [EOS], "kv_cache_tokens": 1 << 16}
         loop = DecodeLoop(Forward(self.model), str, **(kwargs | self.loop | changes))
         rows = [
             Row(prompt, self.max_tokens, seed=0, draft=draft, num_reserved=self.num_reserved)
             for prompt, draft in zip(self.prompts, self.drafts if drafts is None else drafts, strict=True)
         ]
+        if watch is not None:
+            watch(loop)
         for row in rows:
             loop.submit(row)
         while loop.busy:
@@ -199,6 +208,66 @@ def test_forwards_are_bounded_and_batched_all_the_same(
 
 
 # --- what is forwarded, and what is waited for ------------------------------------------------------------------------
+
+
+class Forwarded:
+    """Notes what the steps of a loop forward of each row: (position of the first token, the tokens). No prefill."""
+
+    def __init__(self, loop: DecodeLoop) -> None:
+        self.loop, self.real, self.cache = loop, loop.forward, loop.forward.cache
+        self.of: defaultdict[Row, list[tuple[int, list[int]]]] = defaultdict(list)
+        loop.forward = self  # type: ignore[assignment]
+
+    def __call__(self, first: int, tokens: Any, starts: list[int], num_logits: list[int]) -> Any:
+        if any(num_logits):
+            for row, forwarded, start in zip(self.loop.active[first:], tokens, starts, strict=False):
+                self.of[row].append((start, list(forwarded)))
+        return self.real(first, tokens, starts, num_logits)
+
+    def num_positions(self, row: Row) -> int:
+        """Of the answer: what predicts its first token is the first of them."""
+        return sum(len(tokens[max(0, len(row.prompt) - 1 - start) :]) for start, tokens in self.of[row])
+
+
+@many
+@given(cases(), st.sampled_from([None, 1, 3, MAX_TOKENS]))
+def test_what_is_final_is_never_forwarded_again(case: Case, num_iterations: int | None) -> None:
+    """A position is final where its token and all before it are those of the finished row."""
+    noted: list[Forwarded] = []
+    more = {} if num_iterations is None else {"cost": None}
+    case.decode(max_iterations=num_iterations, watch=lambda loop: noted.append(Forwarded(loop)), **more)
+    for row, steps in noted[0].of.items():
+        whole = [*row.prompt, *row.tokens]
+        final: set[int] = set()
+        for start, tokens in steps:
+            num_right = next((i for i, token in enumerate(tokens) if whole[start + i : start + i + 1] != [token]), None)
+            right = set(range(start, start + (len(tokens) if num_right is None else num_right)))
+            assert not right & final
+            final |= right
+
+
+@pytest.mark.parametrize("block_size", [8, MAX_TOKENS])
+@pytest.mark.parametrize("num_iterations", [None, 6])
+def test_a_right_draft_is_forwarded_once_and_of_a_poor_one_less_each_time(
+    block_size: int, num_iterations: int | None
+) -> None:
+    right = fixed_case(block_size=block_size, eos=[])
+    for quality in ("right", "poor"):
+        drafts = [row.tokens if quality == "right" else [VOCABULARY - 1] * MAX_TOKENS for row in right.greedy()]
+        noted: list[Forwarded] = []
+        rows = right.decode(
+            drafts=drafts,
+            max_iterations=num_iterations,
+            watch=lambda loop: noted.append(Forwarded(loop)),  # noqa: B023
+        )
+        for row in rows:
+            num_positions = noted[0].num_positions(row)
+            if quality == "right":
+                assert num_positions == MAX_TOKENS
+            else:  # what is certain is left out, which is at least one token more each time
+                most = block_size if num_iterations is None else MAX_TOKENS
+                assert num_positions <= sum(min(most, MAX_TOKENS - done) for done in range(row.iterations))
+                assert row.iterations == (num_iterations or row.iterations)
 
 
 class Waits(TorchFunctionMode):
