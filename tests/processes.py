@@ -1,5 +1,6 @@
-"""Whether processes that should have ended have."""
+"""Whether processes that should have ended have, and whether it was a kill that ended them."""
 
+import contextlib
 import time
 
 import psutil
@@ -11,6 +12,16 @@ def assert_gone(processes: list[psutil.Process]) -> None:
     while alive := [process for process in processes if is_alive(process)]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.05)
+
+
+def killed(process: psutil.Process) -> bool:
+    """kill -9. Returns whether it was alive until then and is gone now."""
+    if not is_alive(process):
+        return False
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()
+    assert_gone([process])
+    return True
 
 
 def is_alive(process: psutil.Process) -> bool:

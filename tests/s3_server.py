@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -55,12 +56,13 @@ class S3Server:
             )
         self._wait_until_up(self._process)
 
-    def kill(self) -> None:
-        """kill -9; nothing where it does not run."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+    def kill(self) -> bool:
+        """kill -9; nothing where it does not run. Returns whether that is what ended it."""
+        process, self._process = self._process, None
+        if process is None:
+            return False
+        process.kill()
+        return process.wait() == -signal.SIGKILL
 
     def _wait_until_up(self, process: "subprocess.Popen[bytes]") -> None:
         config = Config(connect_timeout=1, read_timeout=5, retries={"total_max_attempts": 1}, proxies={})

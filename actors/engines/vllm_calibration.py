@@ -20,12 +20,15 @@ from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from actors.contract import ConfigError
 from actors.engines.vllm_drafts import DraftFolder, numbered
 
 LEAST_WITHOUT = 0.97
 """Drafts are out where poor ones would leave less than this of the tokens per second: they may cost 5 % in all."""
 LEAST_WITH = 1.1
 """Drafts are out where even right ones would not make the tokens per second this many times as many."""
+FAILED_FOR_S = 3600.0
+"""How long a failure is kept: for the engines that start beside it or after a death, but not for the next night."""
 PROMPT_TOKENS = 128
 STEPS = 8
 REPEATS = 3
@@ -80,10 +83,16 @@ class Calibration:
         )
 
 
+class NotMeasured(Exception):
+    """vLLM did not start with a proposer, or not at all, and how long that is kept: one line."""
+
+
 def calibrated(key: dict[str, Any], measure: Callable[[], Calibration]) -> Calibration:
     """The calibration of what `key` says in full: the kept one, or else a new one, which is told and kept.
 
     Of several processes of a node that want one, the first measures it, while the others wait.
+
+    Raises NotMeasured where `measure` raises ConfigError or RuntimeError, and for FAILED_FOR_S seconds after that.
     """
     key = json.loads(json.dumps(key, default=str))  # as it is read again
     folder = Path(os.environ.get("BURNISH_CACHE") or "~/.cache/burnish").expanduser() / "calibration"
@@ -95,14 +104,30 @@ def calibrated(key: dict[str, Any], measure: Callable[[], Calibration]) -> Calib
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or a damaged one
             kept = json.loads(path.read_text())
             if kept.pop("key") == key:
-                return Calibration(**kept | {"drafting": numbered(kept["drafting"])})
-        found = measure()
+                if "failure" not in kept:
+                    return Calibration(**kept | {"drafting": numbered(kept["drafting"])})
+                if 0 <= time.time() - float(kept["failed_at"]) < FAILED_FOR_S:
+                    raise NotMeasured(_kept_failure(str(kept["failure"]), path))
+        try:
+            found = measure()
+        except (ConfigError, RuntimeError) as error:
+            (failure, *_) = str(error).splitlines() or [type(error).__name__]
+            _keep(path, {"key": key, "failure": failure, "failed_at": time.time()})
+            raise NotMeasured(_kept_failure(failure, path)) from error
         print(f"decoder auto: {found}; {'drafts' if found.pays else 'no drafts'} ({path})", file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):
-            hidden = path.with_suffix(".part")
-            hidden.write_text(json.dumps({"key": key, **asdict(found)}, indent=1))
-            hidden.rename(path)
+        _keep(path, {"key": key, **asdict(found)})
     return found
+
+
+def _kept_failure(failure: str, path: Path) -> str:
+    return f"{failure[:400]} (tried again after {FAILED_FOR_S / 60:g} minutes, or once {path} is removed)"
+
+
+def _keep(path: Path, values: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):
+        hidden = path.with_suffix(".part")
+        hidden.write_text(json.dumps(values, indent=1))
+        hidden.rename(path)
 
 
 def measure(start: Start, *, num_requests: int, max_guesses: int, max_model_len: int, num_words: int) -> Calibration:

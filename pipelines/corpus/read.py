@@ -24,6 +24,8 @@ from pipelines.corpus.units import Unit, cut
 _COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 BATCH_ROWS = 256
 """Rows that are decoded at once, at least: damage costs its batch and those after it."""
+ROLES_SHOWN, ROLE_SHOWN = 8, 20
+"""Of a chat's wrong roles, and characters of each; a chat may be as long as it likes, and a role too."""
 
 
 @dataclass(frozen=True)
@@ -323,8 +325,14 @@ def _chat(value: Any) -> Chat:
         or turns[-1] != "user"
         or any(role != ("user", "assistant")[turn % 2] for turn, role in enumerate(turns))
     ):
-        raise _Bad("invalid_roles", f"roles are {', '.join(roles)}; system (optional), then user, assistant, … user")
+        raise _Bad("invalid_roles", f"roles are {_listed(roles)}; system (optional), then user, assistant, … user")
     return chat
+
+
+def _listed(roles: list[str]) -> str:
+    """The first of them, cut, and how many there are."""
+    first = ", ".join(role[:ROLE_SHOWN] for role in roles[:ROLES_SHOWN])
+    return first if len(roles) <= ROLES_SHOWN else f"{first}, … ({len(roles)} in all)"
 
 
 def _text(value: bytes) -> str:

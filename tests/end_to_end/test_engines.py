@@ -6,7 +6,10 @@ from pathlib import Path
 import psutil
 
 from tests.end_to_end.conftest import RayHead, Reference, tiny_pool
-from tests.end_to_end.jobs import CommandLine, corpus
+from tests.end_to_end.jobs import CommandLine, corpus, num_units
+from tests.processes import killed
+
+NUM_UNITS = 9  # of `job`
 
 
 def test_vllm_answers_what_torch_answers(
@@ -24,12 +27,18 @@ def test_vllm_answers_what_torch_answers(
     assert len(set(by_torch)) == len(rows) == 36
 
 
-def test_a_tensor_parallel_aligner_says_what_one_process_says(
+def test_a_tensor_parallel_aligner_says_what_one_process_says_though_a_rank_is_killed(
     ray_head: RayHead, command_line: CommandLine, job: list[str], reference: Reference, tmp_path: Path
 ) -> None:
     shards = ["aligner.tensor_parallel_size=2", "aligner.num_gpus=2"]
     running = command_line.start(*job, f"output.root={tmp_path}", *shards)
-    running.until(lambda: followers(ray_head), "rank 0 had another beside it")
+    running.until(lambda: num_units(tmp_path), "the first unit was committed")
+    (rank,) = followers(ray_head)
+    (actor,) = running.actors("aligner")
+    assert killed(rank)
+    assert num_units(tmp_path) < NUM_UNITS, "it was over before the rank died"
+    running.until(lambda: set(followers(ray_head)) - {rank}, "rank 0 had another beside it again")
+    assert running.actors("aligner") == [actor]
     running.wait().expect(0)
     assert corpus(tmp_path) == reference.rows
 

@@ -71,8 +71,12 @@ def hanging(started: Hanging) -> Iterator[Hanging]:
         (["policy.max_tokens=many"], "policy.max_tokens expects an integer, got 'many'"),
         (["policy.model=./no-such-model"], "policy.model: there is no folder ./no-such-model"),
         (["input.path=no-such-folder"], "input.path 'no-such-folder' does not exist"),
+        (
+            ["aligner.engine=vllm", "aligner.recipe=diffpo", "aligner.max_iterations=6"],
+            "max_iterations=6 needs engine=torch: vllm can only decode until nothing changes; set max_iterations to",
+        ),
     ],
-    ids=["unknown-key", "mistyped-value", "missing-model", "missing-input"],
+    ids=["unknown-key", "mistyped-value", "missing-model", "missing-input", "iterations-in-vllm"],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
     arguments: list[str], message: str, job: list[str], lone_command_line: CommandLine, tmp_path: Path

@@ -34,6 +34,7 @@ from aiohttp import web
 from tests.end_to_end.jobs import CommandLine, Job, Row, plain_environment
 from tests.faults.proxy import FaultProxy, Head, Rule
 from tests.faults.store import published, upload, write_prompts
+from tests.processes import killed
 from tests.s3_server import BUCKET, ENVIRONMENT, S3Server, s3_server
 
 ROUND_LIMIT_S = 600.0
@@ -95,14 +96,19 @@ class Cluster:
     def _add(self) -> Any:
         return self._cluster.add_node(num_cpus=8, object_store_memory=80 << 20, include_dashboard=False)
 
-    def kill(self, rng: random.Random, *, raylet_only: bool) -> None:
-        """Kill a node that is not the head, all of it or its raylet alone, and add another."""
+    def kill(self, rng: random.Random, *, raylet_only: bool) -> bool:
+        """Kill a node that is not the head, all of it or its raylet alone, and add another. Returns whether it lived
+        until then and its raylet is gone."""
         node = self.others.pop(rng.randrange(len(self.others)))
+        raylet = node.all_processes["raylet"][0].process
+        was_alive = raylet.poll() is None
         if raylet_only:
-            psutil.Process(node.all_processes["raylet"][0].process.pid).kill()
+            raylet.kill()
+            raylet.wait()
         with contextlib.suppress(Exception):  # what is left of a node whose raylet is gone
             self._cluster.remove_node(node, allow_graceful=False)
         self.others.append(self._add())
+        return was_alive and raylet.poll() is not None
 
     def shutdown(self) -> None:
         self._cluster.shutdown()
@@ -205,14 +211,15 @@ class Round:
             left -= 1
             if left != -1:
                 return
-            self._count(f"{victim} at {moment}")
             if victim == "driver":
-                job.process.kill()
+                died = _driver_killed(job)
             else:
                 with self._store:
-                    self.server.kill()
+                    died = self.server.kill()
                     self._revival = threading.Timer(away_s, self._revive)
                     self._revival.start()
+            if died:
+                self._count(f"{victim} at {moment}")
 
         self.proxy.on_request = on_request
 
@@ -221,31 +228,36 @@ class Round:
             self.server.start()
 
     def _kill(self, job: Job, victim: str) -> bool:
-        """Kill one such process now. Returns whether there was one."""
+        """Kill one such process now. Returns whether there was one, and it died of that; it is counted only then."""
         if victim == "driver":
-            job.process.kill()
-            job.process.wait()
+            died = _driver_killed(job)
         elif victim == "store":
             if self._revival is not None and self._revival.is_alive():
                 return False
             with self._store:
-                self.server.kill()
+                died = self.server.kill()
                 time.sleep(self.rng.uniform(0, 2))
                 self.server.start()
         elif victim in ("node", "raylet of a node"):
-            self.cluster.kill(self.rng, raylet_only=victim != "node")
+            died = self.cluster.kill(self.rng, raylet_only=victim != "node")
         else:
             found = _workers(TITLES.get(victim, "ReadUnits"))
-            if not found:
-                return False
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self.rng.choice(found).kill()
-        self._count(victim)
-        return True
+            died = bool(found) and killed(self.rng.choice(found))
+        if died:
+            self._count(victim)
+        return died
 
     def _count(self, victim: str) -> None:
         self.kills -= 1
         self.outcome.kills[victim] += 1
+
+
+def _driver_killed(job: Job) -> bool:
+    """kill -9 the driver. Returns whether it ran until then and that is what ended it."""
+    if job.process.poll() is not None:
+        return False
+    job.process.kill()
+    return job.process.wait() == KILLED
 
 
 def _workers(title: str) -> list[psutil.Process]:

@@ -1,10 +1,16 @@
 """A sample of the campaign of random kills and faults; `tests/faults/campaign.py` is the whole of it."""
 
+import random
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import psutil
 import pytest
 
-from tests.faults.campaign import campaign
+from tests.faults import campaign as campaign_module
+from tests.faults.campaign import Outcome, Round, campaign
 from tests.s3_server import S3Server
 
 
@@ -18,3 +24,23 @@ def test_kills_and_faults_at_random_change_no_row(
     )
     assert not outcome.failures, outcome.failures[0]
     assert outcome.kills.total() >= num_kills
+
+
+def test_a_kill_counts_only_where_something_died_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sleeping() -> Any:
+        return SimpleNamespace(process=subprocess.Popen(["sleep", "60"]))
+
+    outcome, ended = Outcome(), sleeping()
+    ended.process.kill()
+    ended.process.wait()
+    this = Round([], None, None, S3Server(tmp_path), None, random.Random(0), outcome, 5)  # type: ignore[arg-type]
+    assert not this._kill(ended, "driver")
+    assert not this._kill(ended, "policy actor")  # there is none
+    worker = psutil.Popen(["sleep", "60"])
+    monkeypatch.setattr(campaign_module, "_workers", lambda title: [worker])
+    assert this._kill(ended, "policy actor")
+    assert not this._kill(ended, "policy actor")  # it is found, but died before
+    worker.wait()
+    assert this._kill(sleeping(), "driver")
+    assert not S3Server(tmp_path).kill()
+    assert (outcome.kills, this.kills) == ({"policy actor": 1, "driver": 1}, 3)

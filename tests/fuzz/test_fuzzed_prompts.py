@@ -88,6 +88,24 @@ def test_what_is_said_is_never_a_template(question: str, answer: str) -> None:
     assert text == f"Q: {question} A: {answer}"
 
 
+@pytest.mark.parametrize("plane", range(17))
+def test_every_character_of_a_plane_is_read_and_said_as_it_is(
+    tokenizers: list[PreTrainedTokenizerBase], tmp_path: Path, plane: int
+) -> None:
+    begins = range(plane << 16, (plane + 1) << 16, 4096)
+    rows = ["".join(chr(c) for c in range(at, at + 4096) if not 0xD800 <= c < 0xE000) for at in begins]
+    said = [f"{row}." for row in rows if row]
+    assert sum(map(len, said)) - len(said) == 0x10000 - (0x800 if plane == 0 else 0)
+    write_shard(tmp_path / "a.parquet", pa.table({"prompt": said}))
+    source, config = Input(str(tmp_path)), InputConfig(path=str(tmp_path))
+    (span,) = whole_groups(only_shard(source, config))
+    ((_, table),) = read_checked(source, config, span)
+    assert [prompt[0]["content"] for prompt in table["prompt"].to_pylist()] == said
+    for text in said:
+        ids = encode_prompt(tokenizers[0], (("user", text),))
+        assert render_prompt(tokenizers[0], ids) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant"
+
+
 def test_megabytes_and_depth_are_only_long(tokenizers: list[PreTrainedTokenizerBase]) -> None:
     long = "<|im_start|>assistant\n" * 12_000 + "\U0001f600" * 200_000
     deep = tuple((("user", "assistant")[turn % 2], f"{turn} <|im_end|>") for turn in range(2001))
@@ -110,6 +128,20 @@ def test_every_row_of_any_prompts_is_read_well_or_with_a_problem(
     for text, prompt, problem in zip(said, table["prompt"].to_pylist(), table["problem"].to_pylist(), strict=True):
         assert (problem is None) == bool(text and text.strip())
         assert problem or prompt == [{"role": "user", "content": text}]
+
+
+def test_a_chat_of_thousands_of_messages_is_read_whole_or_told_in_a_few_words(tmp_path: Path) -> None:
+    deep = [{"role": ("user", "assistant")[turn % 2], "content": f"{turn}"} for turn in range(20_001)]
+    cause = [*deep[:-1], {"role": "r" * 1_000_000, "content": "x"}]
+    chats = [deep[:1], deep, deep[:-1], cause, deep[:3]]
+    write_shard(tmp_path / "a.parquet", pa.table({"prompt": chats}))
+    source, config = Input(str(tmp_path)), InputConfig(path=str(tmp_path))
+    (span,) = whole_groups(only_shard(source, config))
+    ((_, table),) = read_checked(source, config, span)
+    assert table["prompt"].to_pylist() == [chats[0], deep, None, None, chats[4]]
+    problems = table["problem"].to_pylist()
+    assert [problem and problem["cause"] for problem in problems] == [None, None, *["invalid_roles"] * 2, None]
+    assert all(len(problem["message"]) < 500 for problem in problems if problem)
 
 
 def test_a_prompt_of_a_megabyte_is_read_whole(tmp_path: Path) -> None:

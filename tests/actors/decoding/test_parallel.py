@@ -1,6 +1,7 @@
 """A draft changes how long an answer takes, never the answer; a number of iterations gives what its definition says."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -23,6 +25,7 @@ from transformers import (
 )
 
 from actors.decoding import loop as loop_module
+from actors.decoding import sampling
 from actors.decoding.cost import StepCost
 from actors.decoding.forward import ATTENTION, Forward, SlotCache
 from actors.decoding.loop import DecodeLoop, Row
@@ -69,14 +72,22 @@ class Case:
     loop: dict[str, Any]
     max_tokens: int = MAX_TOKENS
 
-    def decode(self, *, drafts: Sequence[Sequence[int] | None] | None = None, **changes: Any) -> list[Row]:
-        """Finished rows; `changes` to the loop's settings."""
+    def decode(
+        self,
+        *,
+        drafts: Sequence[Sequence[int] | None] | None = None,
+        watch: Callable[[DecodeLoop], object] | None = None,
+        **changes: Any,
+    ) -> list[Row]:
+        """Finished rows; `changes` to the loop's settings. `watch` gets the loop before its first row."""
         kwargs: dict[str, Any] = {"eos": [EOS], "kv_cache_tokens": 1 << 16}
         loop = DecodeLoop(Forward(self.model), str, **(kwargs | self.loop | changes))
         rows = [
             Row(prompt, self.max_tokens, seed=0, draft=draft, num_reserved=self.num_reserved)
             for prompt, draft in zip(self.prompts, self.drafts if drafts is None else drafts, strict=True)
         ]
+        if watch is not None:
+            watch(loop)
         for row in rows:
             loop.submit(row)
         while loop.busy:
@@ -158,9 +169,19 @@ def denoise(case: Case, row: int, num_iterations: int) -> tuple[list[int], str]:
 @many
 @given(cases(), st.sampled_from([1, 2, 3, 6, MAX_TOKENS]))
 def test_iterations_equal_their_definition(case: Case, num_iterations: int) -> None:
-    for i, row in enumerate(case.decode(max_iterations=num_iterations, cost=None)):
+    made = case.decode(max_iterations=num_iterations, cost=None)
+    for i, row in enumerate(made):
         assert (row.tokens, row.finish_reason) == denoise(case, i, num_iterations)
         assert row.iterations <= num_iterations
+    for row, fixed in zip(made, after_heads(case, made), strict=True):
+        num_fixed = min(row.num_reserved + num_iterations, row.max_tokens)
+        assert row.tokens[:num_fixed] == fixed[:num_fixed]
+
+
+def after_heads(case: Case, rows: list[Row]) -> list[list[int]]:
+    """What greedy decoding makes of each row's prompt with its reserved tokens behind it, these included."""
+    follows = Case(case.model, [row.head for row in rows], [[] for _ in rows], 0, case.loop).greedy()
+    return [[*row.tokens[: row.num_reserved], *each.tokens] for row, each in zip(rows, follows, strict=True)]
 
 
 @pytest.mark.parametrize("num_iterations", [None, 2, MAX_TOKENS])
@@ -184,6 +205,122 @@ def test_forwards_are_bounded_and_batched_all_the_same(
     assert [row.tokens for row in parts] == [row.tokens for row in whole]
     assert [row.iterations for row in parts] == [row.iterations for row in whole]
     assert max(totals) >= 20
+
+
+# --- what is forwarded, and what is waited for ------------------------------------------------------------------------
+
+
+class Forwarded:
+    """Notes what the steps of a loop forward of each row: (position of the first token, the tokens). No prefill."""
+
+    def __init__(self, loop: DecodeLoop) -> None:
+        self.loop, self.real, self.cache = loop, loop.forward, loop.forward.cache
+        self.of: defaultdict[Row, list[tuple[int, list[int]]]] = defaultdict(list)
+        loop.forward = self  # type: ignore[assignment]
+
+    def __call__(self, first: int, tokens: Any, starts: list[int], num_logits: list[int]) -> Any:
+        if any(num_logits):
+            for row, forwarded, start in zip(self.loop.active[first:], tokens, starts, strict=False):
+                self.of[row].append((start, list(forwarded)))
+        return self.real(first, tokens, starts, num_logits)
+
+    def num_positions(self, row: Row) -> int:
+        """Of the answer: what predicts its first token is the first of them."""
+        return sum(len(tokens[max(0, len(row.prompt) - 1 - start) :]) for start, tokens in self.of[row])
+
+
+@many
+@given(cases(), st.sampled_from([None, 1, 3, MAX_TOKENS]))
+def test_what_is_final_is_never_forwarded_again(case: Case, num_iterations: int | None) -> None:
+    """A position is final where its token and all before it are those of the finished row."""
+    noted: list[Forwarded] = []
+    more = {} if num_iterations is None else {"cost": None}
+    case.decode(max_iterations=num_iterations, watch=lambda loop: noted.append(Forwarded(loop)), **more)
+    for row, steps in noted[0].of.items():
+        whole = [*row.prompt, *row.tokens]
+        final: set[int] = set()
+        for start, tokens in steps:
+            num_right = next((i for i, token in enumerate(tokens) if whole[start + i : start + i + 1] != [token]), None)
+            right = set(range(start, start + (len(tokens) if num_right is None else num_right)))
+            assert not right & final
+            final |= right
+
+
+@pytest.mark.parametrize("block_size", [8, MAX_TOKENS])
+@pytest.mark.parametrize("num_iterations", [None, 6])
+def test_a_right_draft_is_forwarded_once_and_of_a_poor_one_less_each_time(
+    block_size: int, num_iterations: int | None
+) -> None:
+    right = fixed_case(block_size=block_size, eos=[])
+    for quality in ("right", "poor"):
+        drafts = [row.tokens if quality == "right" else [VOCABULARY - 1] * MAX_TOKENS for row in right.greedy()]
+        noted: list[Forwarded] = []
+        rows = right.decode(
+            drafts=drafts,
+            max_iterations=num_iterations,
+            watch=lambda loop: noted.append(Forwarded(loop)),  # noqa: B023
+        )
+        for row in rows:
+            num_positions = noted[0].num_positions(row)
+            if quality == "right":
+                assert num_positions == MAX_TOKENS
+            else:  # what is certain is left out, which is at least one token more each time
+                most = block_size if num_iterations is None else MAX_TOKENS
+                assert num_positions <= sum(min(most, MAX_TOKENS - done) for done in range(row.iterations))
+                assert row.iterations == (num_iterations or row.iterations)
+
+
+class Waits(TorchFunctionMode):
+    """Counts what makes the host wait for the device: reading a value of a tensor, or its shape off its values."""
+
+    READS = frozenset({"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__",
+                       "cpu", "numpy", "nonzero", "unique", "masked_select", "equal", "allclose"})  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        masked = name in ("__getitem__", "__setitem__") and any(
+            isinstance(part, torch.Tensor) and part.dtype == torch.bool
+            for part in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        )
+        if name in self.READS or masked:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [
+        ({}, 1),
+        ({"cost": COSTS["knee"]}, 1),
+        ({"max_iterations": 4}, 1),
+        ({"block_size": 1}, 1),
+        ({"temperature": 0.8}, 1),
+        ({"temperature": 0.8, "top_k": 5, "top_p": 0.9}, 1),
+        ({"temperature": 0.8, "top_p": 0.9}, 1),  # the first values hold the whole nucleus
+        ({"temperature": 50.0, "top_p": 0.99}, 2),  # they do not: as `draw` says
+    ],
+)
+def test_a_step_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], most: int) -> None:
+    """Rows come and go meanwhile, and a step may take several forwards."""
+    monkeypatch.setattr(loop_module, "STEP_TOKENS", 16)
+    monkeypatch.setattr(sampling, "NUM_HEAD", 32)
+    case, counts = fixed_case(), []
+    real = DecodeLoop.step
+
+    def watched(self: DecodeLoop) -> list[Row]:
+        with Waits() as waits:
+            finished = real(self)
+        counts.append(len(waits.names))
+        return finished
+
+    monkeypatch.setattr(DecodeLoop, "step", watched)
+    case.decode(**settings)
+    assert len(counts) > 2
+    assert max(counts) == most
 
 
 # --- mutations that the comparisons above must notice -----------------------------------------------------------------

@@ -6,10 +6,11 @@ Real tensor parallel groups on the CPU: each start takes ten seconds on two core
 import asyncio
 import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from tests.processes import assert_gone
 ROOT = Path(__file__).parents[3]
 TIMEOUT = 120  # seconds; a hang fails instead of stalling the suite
 KINDS = ["llama", "tied", "gemma2", "qwen2", "mistral"]
+NUM_CASES = 4  # of each kind
 
 
 def config_of(folder: Path, **settings: Any) -> EngineConfig:
@@ -176,20 +178,41 @@ def logits_of(forward: Forward) -> list[torch.Tensor]:
     return [block, one]
 
 
-def tokens_of(forward: Forward) -> list[list[int]]:
-    """Of rows in blocks up to the fixed point, and after two iterations. Ranks that run this in step need no mirror."""
-    made = []
-    for max_iterations in (None, 2):
-        loop = DecodeLoop(
-            forward, str, eos=[2], block_size=6, max_iterations=max_iterations, max_num_seqs=3, kv_cache_tokens=1 << 12
-        )
-        rows = [Row(tuple(range(3, 12 + 5 * i)), 20, seed=0, draft=range(40, 40 + 4 * i)) for i in range(5)]
-        for row in rows:
-            loop.submit(row)
-        while loop.busy:
-            loop.step()
-        made += [row.tokens for row in rows]
-    return made
+def tokens_of(forward: Forward, seed: int) -> list[tuple[dict[str, Any], list[list[int]], list[list[int]]]]:
+    """(settings, greedy answers, answers in blocks) of random cases, up to the fixed point and by a number of
+    iterations. Drafts are greedy answers, mostly altered. Ranks that run this in step need no mirror."""
+    rng = random.Random(seed)
+    found = []
+    for number in range(NUM_CASES):
+        prompts = [[rng.randrange(3, 512) for _ in range(rng.randint(1, 25))] for _ in range(rng.randint(1, 6))]
+        num_iterations = rng.randint(1, 5) if number % 2 else None
+        loop = {"block_size": rng.randint(1, 12), "max_num_seqs": rng.randint(1, 6), "max_iterations": num_iterations}
+        max_tokens = rng.randint(1, 14)
+        greedy = decoded(forward, prompts, [None] * len(prompts), max_tokens, max_num_seqs=6)
+        drafts = [altered(answer, rng) for answer in greedy]
+        found.append((loop, greedy, decoded(forward, prompts, drafts, max_tokens, **loop)))
+    return found
+
+
+def altered(answer: list[int], rng: random.Random) -> list[int]:
+    """With up to two places at which tokens are left out and put in."""
+    draft = list(answer)
+    for _ in range(rng.randint(0, 2)):
+        at = rng.randint(0, len(draft))
+        draft[at : at + rng.randint(0, 3)] = [rng.randrange(3, 512) for _ in range(rng.randint(0, 3))]
+    return draft
+
+
+def decoded(
+    forward: Forward, prompts: list[list[int]], drafts: Sequence[list[int] | None], max_tokens: int, **settings: Any
+) -> list[list[int]]:
+    loop = DecodeLoop(forward, str, eos=[2], kv_cache_tokens=1 << 12, **settings)
+    rows = [Row(tuple(prompt), max_tokens, 0, draft) for prompt, draft in zip(prompts, drafts, strict=True)]
+    for row in rows:
+        loop.submit(row)
+    while loop.busy:
+        loop.step()
+    return [row.tokens for row in rows]
 
 
 def loaded_bytes(model: PreTrainedModel) -> int:
@@ -210,7 +233,7 @@ rank, store, out, *folders = sys.argv[1:]
 torch.set_num_threads(1)
 join_ranks(int(rank), 2, int(store), "cpu")
 models = [load_model(config_of(folder, tensor_parallel_size=2)) for folder in folders]
-found = [(logits_of(Forward(model)), tokens_of(Forward(model)), loaded_bytes(model)) for model in models]
+found = [(logits_of(Forward(m)), tokens_of(Forward(m), seed), loaded_bytes(m)) for seed, m in enumerate(models)]
 if rank == "0":
     torch.save(found, out)
 """
@@ -235,12 +258,15 @@ def test_shards_of_every_kind_add_up_and_take_what_was_told(
             rank.kill()
             rank.wait()
         os.close(store)
-    for kind, folder, (sharded, tokens, num_bytes) in zip(KINDS, folders, torch.load(out), strict=True):
+    for seed, (sharded, cases, num_bytes) in enumerate(torch.load(out)):
+        kind, folder = KINDS[seed], folders[seed]
         told = footprint(config_of(Path(folder), tensor_parallel_size=2))
         assert told is not None
         assert told.weight_bytes == num_bytes, kind
         model = load_model(config_of(Path(folder)))
-        assert tokens == tokens_of(Forward(model)), kind
+        assert cases == tokens_of(Forward(model), seed), kind
+        for loop, greedy, made in cases:
+            assert made == greedy or loop["max_iterations"], (kind, loop)
         for ours, theirs in zip(sharded, logits_of(Forward(model)), strict=True):
             assert ours.shape == theirs.shape
             assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5), kind

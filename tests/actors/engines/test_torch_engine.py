@@ -85,6 +85,45 @@ def test_completion_counts_and_text(engine: TorchEngine, tokenizer: PreTrainedTo
     assert made.num_tokens == 16
 
 
+MARKING = """
+import os, pathlib
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+pathlib.Path(os.environ["BURNISH_TEST_MARK"]).touch()
+class Config(LlamaConfig): ...
+class Model(LlamaForCausalLM): ...
+class Tokenizer(PreTrainedTokenizerFast): ...
+"""
+AUTO_MAPS = {
+    "config.json": {"AutoConfig": "modeling_own.Config", "AutoModelForCausalLM": "modeling_own.Model"},
+    "tokenizer_config.json": {"AutoTokenizer": [None, "modeling_own.Tokenizer"]},
+}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "own"])
+def test_code_in_a_models_folder_is_never_run(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    """Where transformers knows the type the model is loaded without its code, and else refused."""
+    mark = tmp_path / "mark"
+    monkeypatch.setenv("BURNISH_TEST_MARK", str(mark))
+    folder = shutil.copytree(llama_folder, tmp_path / "model")
+    (folder / "modeling_own.py").write_text(MARKING)
+    for name, auto_map in AUTO_MAPS.items():
+        told = json.loads((folder / name).read_text())
+        if "model_type" in told:
+            told["model_type"] = model_type
+        (folder / name).write_text(json.dumps(told | {"auto_map": auto_map}))
+    if model_type == "llama":
+        engine = TorchEngine(config_of(folder), 1)
+        [made] = asyncio.run(together(engine, [chat(1)]))
+        engine.close()
+        assert isinstance(made, Completion)
+    else:
+        with pytest.raises(ConfigError):
+            TorchEngine(config_of(folder), 1)
+    assert not mark.exists()
+
+
 def test_several_event_loops_share_an_engine(engine: TorchEngine) -> None:
     results: dict[int, list[Any]] = {}
     threads = [

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from actors.contract import ConfigError
-from actors.engines import vllm_engine
+from actors.engines import vllm_calibration, vllm_engine
 from actors.engines.base import DraftingConfig, EngineConfig
 from actors.engines.vllm_calibration import Calibration, calibrated
 from actors.engines.vllm_drafts import MAX_GUESSES
@@ -117,10 +118,20 @@ def test_auto_is_greedy_where_vllm_does_not_start_with_a_proposer(
     def fails(start: Any, **_: Any) -> Calibration:
         raise RuntimeError("Engine core initialization failed.")
 
+    tried: list[int] = []
+    monkeypatch.setattr(vllm_engine, "measure", lambda start, **_: tried.append(1) or fails(start))
+    for _ in range(3):  # the second and third, of a neighbour or after a death, do not start vLLM for it again
+        assert vllm_engine._decoder(config_of(tmp_path), 2, PLAIN) == (0, None)
+        (path,) = cache.glob("*.json")
+        told = f"Engine core initialization failed. (tried again after 60 minutes, or once {path} is removed)"
+        assert capfd.readouterr().err == f"decoder auto: no drafts: {told}\n"
+    assert len(tried) == 1
+    monkeypatch.setattr(vllm_engine, "measure", lambda start, **_: GOOD)
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | {"failed_at": kept["failed_at"] - vllm_calibration.FAILED_FOR_S}))
+    assert vllm_engine._decoder(config_of(tmp_path), 2, PLAIN) == (MAX_GUESSES, GOOD.drafting)
     monkeypatch.setattr(vllm_engine, "measure", fails)
-    assert vllm_engine._decoder(config_of(tmp_path), 2, PLAIN) == (0, None)
-    assert capfd.readouterr().err == "decoder auto: no drafts: Engine core initialization failed.\n"
-    assert not list(cache.glob("*.json"))
+    assert vllm_engine._decoder(config_of(tmp_path), 2, PLAIN) == (MAX_GUESSES, GOOD.drafting)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +151,11 @@ def test_nothing_is_measured_where_nothing_is_to_be_decided(
 ) -> None:
     monkeypatch.setattr(vllm_engine, "measure", lambda start, **_: never())
     assert vllm_engine._decoder(config_of(tmp_path, **settings), 2, PLAIN) == (num_guesses, None)
+
+
+def test_the_bound_is_told_with_the_key() -> None:
+    (decoder,) = [field for field in fields(DraftingConfig) if field.name == "decoder"]
+    assert f"none where max_num_seqs is above {vllm_engine.AUTO_MAX_SEQS})" in decoder.metadata["doc"].help
 
 
 def test_a_policy_has_no_drafts(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,11 +24,13 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.decoding.parallel import Drafter
 from actors.engines import build_engine
-from actors.engines.base import Completion, DraftingConfig, EngineConfig, EngineStats, Request
+from actors.engines.base import Completion, DraftingConfig, EngineConfig, EngineStats, Messages, Request
 from actors.engines.hosted import HostedEngine
+from actors.engines.prompts import encode_prompt, load_tokenizer
 from actors.engines.torch_engine import TorchEngine
 from actors.engines.vllm_drafts import FOLDER, DraftFolder, DraftProposer, Outcome
 from actors.engines.vllm_engine import VllmEngine
+from actors.recipes import RecipeConfig, aligner_input
 from tests.tiny_models import build_tiny_llama
 
 LIMIT = 200  # tokens of a row
@@ -305,9 +308,10 @@ def test_a_stop_string_that_vllm_cannot_see_ends_an_answer(tokenizer: PreTrained
 
 TIMEOUT = 300  # seconds; a hang fails instead of stalling the suite
 MAX_TOKENS = 48
-MODEL_LEN = 67  # a prompt and its answer fill it
+MODEL_LEN = 400  # some prompts fill it with their answers
 GUESSES = 8
 STOP = ["fox c", "throw"]
+RECIPES: tuple[Any, ...] = ("aligner", "metaaligner", "rewrite")
 BEYOND = "beyond the model"  # the tokenizer knows it as one token, the model has no row for it
 
 
@@ -410,6 +414,45 @@ def test_answers_without_a_draft_stand_beside_those_with_one(drafting: HostedEng
     made = make_all(drafting, chats(32, [completion.text if i % 2 else None for i, completion in enumerate(plain)]))
     assert same(made, plain)
     assert all((completion.iterations is not None) == bool(i % 2) for i, completion in enumerate(made))
+
+
+def filling(tokenizer: PreTrainedTokenizerBase, number: int, answer: str) -> Messages | str:
+    """What an aligner reads, with so long a question that its longest answer fills the model to the last position."""
+    question = f"Give me {number} reasons."
+    while True:
+        prompt = aligner_input(RecipeConfig(recipe="aligner"), (("user", question),), answer)
+        missing = MODEL_LEN - MAX_TOKENS - len(encode_prompt(tokenizer, prompt))
+        if missing == 0:
+            return prompt
+        assert missing > 0
+        question += " and one more" if missing > 20 else "z"
+
+
+def test_the_answer_in_an_aligners_prompt_is_its_draft(
+    drafting: HostedEngine, model: Path, plain: list[Completion]
+) -> None:
+    """As the three recipes for correction make prompts; first with the policy's answers, then with what is right."""
+    tokenizer, requests = load_tokenizer(str(model)), []
+    for i, answer in enumerate(completion.text for completion in plain[:8]):
+        asked = (("user", f"Give me {i} reasons."),)
+        prompts = [aligner_input(RecipeConfig(recipe=recipe), asked, answer) for recipe in RECIPES]
+        requests += [Request(prompt, i, answer) for prompt in (*prompts, filling(tokenizer, i, answer))]
+    config = EngineConfig("torch", str(model), dtype="float32", device="cpu", max_tokens=MAX_TOKENS, stop=STOP)
+    engine = TorchEngine(config, 2)
+    expected = make_all(engine, requests)
+    engine.close()
+    assert len({completion.text for completion in expected}) > 24
+    full = [each for each in expected if each.num_prompt_tokens + each.num_tokens == MODEL_LEN]
+    assert len(full) > 2
+    made = make_all(drafting, requests)
+    assert same(made, expected)
+    assert all(completion.iterations is not None for completion in made)
+    made = make_all(drafting, [replace(each, draft=e.text) for each, e in zip(requests, expected, strict=True)])
+    assert same(made, expected)
+    for completion in made:
+        assert completion.iterations is not None
+        num_steps = 1 + -(-completion.num_tokens // (GUESSES + 1))
+        assert completion.iterations <= num_steps + 2 * (completion.finish_reason == "stop")
 
 
 def test_an_engine_outlives_its_folder(drafting: HostedEngine, plain: list[Completion]) -> None:

@@ -11,30 +11,36 @@ import pytest
 
 from tests.end_to_end.jobs import CommandLine, by_place, corpus, quarantine, write_shard
 
-NUM_ROWS, UNIT_ROWS, POISON = 24, 8, 13
+UNIT_ROWS, NUM_UNITS = 8, 3
 
 
-def arguments(tmp_path: Path, model: Path, word: str) -> list[str]:
+def poison(unit_rows: int) -> int:
+    """The row that kills, in the second unit."""
+    return unit_rows + 5
+
+
+def arguments(tmp_path: Path, model: Path, word: str, unit_rows: int = UNIT_ROWS) -> list[str]:
     """A job of three units, in the second of which a row holds `word`."""
-    texts = [f"{word} {row}" if row == POISON else f"row {row}" for row in range(NUM_ROWS)]
-    write_shard(tmp_path / "in" / "a.parquet", {"prompt": texts, "other": texts}, row_group_size=UNIT_ROWS)
+    numbers = range(NUM_UNITS * unit_rows)
+    texts = [f"{word} {row}" if row == poison(unit_rows) else f"row {row}" for row in numbers]
+    write_shard(tmp_path / "in" / "a.parquet", {"prompt": texts, "other": texts}, row_group_size=unit_rows)
     return [
         f"input.path={tmp_path / 'in'}",
         f"output.root={tmp_path / 'out'}",
         f"policy.model={model}",
         "aligner=identity",
-        f"run.unit_rows={UNIT_ROWS}",
+        f"run.unit_rows={unit_rows}",
     ]
 
 
-def check(root: Path, word: str) -> None:
+def check(root: Path, word: str, unit_rows: int = UNIT_ROWS) -> None:
     """Every row is there exactly once, as it should be, and no note is left."""
-    rows = by_place(corpus(root))
-    assert [row["source"]["row"] for row in rows] == [row for row in range(NUM_ROWS) if row != POISON]
+    rows, killer = by_place(corpus(root)), poison(unit_rows)
+    assert [row["source"]["row"] for row in rows] == [row for row in range(NUM_UNITS * unit_rows) if row != killer]
     assert [row["aligned"][0]["text"] for row in rows] == [f"ROW {row['source']['row']}" for row in rows]
     (bad,) = quarantine(root)
-    assert (bad["source"]["row"], bad["stage"], bad["cause"], bad["attempts"]) == (POISON, "policy", "engine_crash", 3)
-    assert json.loads(bad["input"]) == {"prompt": f"{word} {POISON}", "other": f"{word} {POISON}"}
+    assert (bad["source"]["row"], bad["stage"], bad["cause"], bad["attempts"]) == (killer, "policy", "engine_crash", 3)
+    assert json.loads(bad["input"]) == {"prompt": f"{word} {killer}", "other": f"{word} {killer}"}
     assert not list((root / "attempts").glob("*"))
 
 
@@ -43,15 +49,22 @@ def deaths(model: Path) -> list[int]:
     return [int(line.split()[0]) for line in (model / "deaths").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("word", ["KILL-ENGINE", "KILL-ACTOR"])
+@pytest.mark.parametrize(("word", "unit_rows"), [("KILL-ENGINE", 256), ("KILL-ACTOR", 8)])
 def test_a_row_that_kills_every_time_is_quarantined_alone(
-    word: str, command_line: CommandLine, model: Path, tmp_path: Path
+    word: str, unit_rows: int, command_line: CommandLine, model: Path, tmp_path: Path
 ) -> None:
-    completed = command_line.run(*arguments(tmp_path, model, word)).expect(0)
-    assert "23 ok + 1 quarantined (1 engine_crash)" in completed.stdout
-    check(tmp_path / "out", word)
+    completed = command_line.run(*arguments(tmp_path, model, word, unit_rows)).expect(0)
+    assert f"{NUM_UNITS * unit_rows - 1} ok + 1 quarantined (1 engine_crash)" in completed.stdout
+    check(tmp_path / "out", word, unit_rows)
     assert deaths(model)[-3:] == [1, 1, 1]
-    assert len(deaths(model)) <= 2 + 4 + 3  # with others, their unit, its halves, alone
+    halvings = (2 * unit_rows).bit_length() - 1  # of two units, which ran beside each other
+    assert len(deaths(model)) <= 2 + halvings + 3  # with others, their units, halves of them, alone
+    owners = (model / "starts").read_text().split()
+    if word == "KILL-ENGINE":
+        assert len(owners) == len(deaths(model)) + 1
+        assert len(set(owners)) == 1, "the actor was lost"
+    else:
+        assert len(set(owners)) > 3
 
 
 @pytest.mark.long
@@ -68,9 +81,9 @@ def test_a_job_that_is_killed_in_between_takes_up_the_search_where_it_was(
         )
         running.process.kill()
         running.process.wait()
-        (note,) = (tmp_path / "out" / "attempts").glob(f"*-{UNIT_ROWS:010d}-*.json")
+        (note,) = (tmp_path / "out" / "attempts").glob(f"*-{UNIT_ROWS:010d}-*.json")  # of the second unit
         found.append(json.loads(note.read_text())["policy"])
-    smallest = [min(len(group) for group in each["groups"] if POISON - UNIT_ROWS in group) for each in found]
+    smallest = [min(len(group) for group in each["groups"] if poison(UNIT_ROWS) - UNIT_ROWS in group) for each in found]
     assert smallest == sorted(smallest, reverse=True)
     assert smallest[-1] < smallest[0]
     command_line.run(*command).expect(0)

@@ -14,11 +14,14 @@ SECONDS = 0.05
 class TorchEngine:
     """`KILL-ENGINE` in a prompt kills this process, `KILL-ACTOR` its owner; `SLOW` takes half a minute.
 
-    The engine's model folder keeps a diary: `deaths` has the prompt that killed, and how many ran beside it.
+    The engine's model folder keeps a diary: `deaths` has the prompt that killed, and how many ran beside it; `starts`
+    the pid of the owner of each engine.
     """
 
     def __init__(self, config: Any, num_threads: int, followers: Any = None) -> None:
         self._diary = Path(config.model) / "deaths"
+        with self._diary.with_name("starts").open("a") as file:
+            file.write(f"{os.getppid()}\n")
         self._num_running = self._num_tokens = 0
 
     async def generate(self, request: Request) -> Completion:
