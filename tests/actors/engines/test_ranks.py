@@ -265,8 +265,8 @@ def test_shards_of_every_kind_add_up_and_take_what_was_told(
         assert told.weight_bytes == num_bytes, kind
         model = load_model(config_of(Path(folder)))
         assert cases == tokens_of(Forward(model), seed), kind
-        for loop, greedy, made in cases:
-            assert made == greedy or loop["max_iterations"], (kind, loop)
+        for drafting, greedy, made in cases:
+            assert made == greedy or drafting["max_iterations"], (kind, drafting)
         for ours, theirs in zip(sharded, logits_of(Forward(model)), strict=True):
             assert ours.shape == theirs.shape
             assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5), kind
