@@ -14,7 +14,7 @@ align: $(READY)  ## Align the sample prompts with a small real model
 
 test: lint $(VLLM) $(CONSUMERS)  ## Linters and the test suite
 	$(RUN) pipelines/fetch_smollm2.py
-	$(RUN) -m pytest -m "not long" -n 2 --dist loadfile
+	$(RUN) -m pytest -m "not long"
 
 test-all: lint $(VLLM) $(CONSUMERS)  ## The long proofs too
 	$(RUN) pipelines/fetch_smollm2.py

@@ -109,6 +109,7 @@ def test_what_fits_finds_its_place_whatever_starts_first(nodes: Nodes, job: list
     assert "Warning" not in running.wait().expect(0).stderr
 
 
+@pytest.mark.long
 def test_a_node_that_dies_costs_no_row(nodes: Nodes, job: list[str], tiny_llama: Path, tmp_path: Path) -> None:
     doomed = add_node(nodes.cluster, num_gpus=1)
     pools = [*STORED, *tiny_pool("aligner", tiny_llama, max_tokens=24), "aligner.num_gpus=1", "aligner.replicas=2"]

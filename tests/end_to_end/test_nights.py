@@ -28,7 +28,7 @@ from tests.end_to_end.jobs import (
 )
 
 NUM_ROWS = 20
-NOTHING_NEW_S = 10  # about 2 by itself; another test may run beside it
+NOTHING_NEW_S = 5.0
 
 
 @dataclass(frozen=True)

@@ -320,6 +320,7 @@ def vllm_server(llama_folder: Path, tmp_path: Path) -> Iterator[str]:
         server.wait(60)
 
 
+@pytest.mark.long
 def test_a_real_server_says_what_the_torch_engine_says(vllm_server: str, llama_folder: Path) -> None:
     from actors.engines.torch_engine import TorchEngine
 

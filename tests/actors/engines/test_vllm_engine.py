@@ -154,6 +154,7 @@ def test_the_comparison_finds_seeds_by_arrival_and_one_seed_for_all(sampling: Ho
     assert num_texts(crowd) <= NUM_SAMPLED
 
 
+@pytest.mark.long
 def test_death_of_the_engine_core_costs_no_request(sampling: HostedEngine) -> None:
     requests = [chat(i) for i in range(300)]  # most of them still wait when it dies
     expected = asyncio.run(together(sampling, requests))
@@ -187,6 +188,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.long
 def test_two_shards_say_the_same_and_die_with_their_owner(greedy: HostedEngine, folder: Path) -> None:
     """A real tensor parallel group of two processes on the CPU; takes up to a minute on two cores."""
     expected = [made.text for made in asyncio.run(together(greedy, [chat(i) for i in range(16)]))]

@@ -22,6 +22,7 @@ def config_of(folder: Path, **settings: Any) -> RewardConfig:
     return RewardConfig(engine="vllm", model=str(folder), dtype="float32", device="cpu", **settings)
 
 
+@pytest.mark.long
 def test_scores_are_those_of_the_plain_call(tmp_path: Path) -> None:
     folder = build_tiny_reward(tmp_path / "reward", pad_token_id=0)
     engine = build_reward(config_of(folder, max_model_len=256), 2)

@@ -4,10 +4,13 @@ import re
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.end_to_end.jobs import CommandLine, children, write_shard
 from tests.processes import assert_gone
 
 
+@pytest.mark.long
 def test_a_hanging_engine_process_ends_the_job_with_4_and_is_gone_then(
     command_line: CommandLine, model: Path, tmp_path: Path
 ) -> None:

@@ -49,7 +49,9 @@ def deaths(model: Path) -> list[int]:
     return [int(line.split()[0]) for line in (model / "deaths").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("word", "unit_rows"), [("KILL-ENGINE", 256), ("KILL-ACTOR", 8)])
+@pytest.mark.parametrize(
+    ("word", "unit_rows"), [("KILL-ENGINE", 256), pytest.param("KILL-ACTOR", 8, marks=pytest.mark.long)]
+)
 def test_a_row_that_kills_every_time_is_quarantined_alone(
     word: str, unit_rows: int, command_line: CommandLine, model: Path, tmp_path: Path
 ) -> None:

@@ -62,6 +62,7 @@ def by_environment(head: RayHead, s3_server: S3Server, new_folder: Callable[[], 
         yield jobs
 
 
+@pytest.mark.long
 def test_the_config_and_everything_it_names_may_be_on_the_store(
     by_environment: CommandLine, clean: Clean, prompts: Path, s3_server: S3Server, tmp_path: Path
 ) -> None:

@@ -63,6 +63,7 @@ def test_an_outage_that_outlasts_the_jobs_patience_is_exit_code_5_and_nothing_is
     site.check()
 
 
+@pytest.mark.long
 def test_the_store_killed_in_the_middle_of_a_run_and_of_publishing_changes_no_row(site: Site) -> None:
     """kill -9 upon the tenth unit and upon the first part; it is away for a second each time."""
     killed: list[str] = []

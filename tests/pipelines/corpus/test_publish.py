@@ -615,7 +615,7 @@ def test_a_full_memory_or_a_cancelled_read_is_not_damage_and_deletes_no_unit(
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("pyarrow.parquet.read_table", fail)
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile.read", fail)
     with pytest.raises(type(error)):
         publish(local_output, CONFIG)
     assert len(local_output.sizes("units")) == len(units)

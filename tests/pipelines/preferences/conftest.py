@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines.preferences import stream
+from pipelines.preferences.job import PreferencesJob
 
 
 @pytest.fixture
@@ -17,4 +18,5 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
                 yield from made.to_pylist()
 
     monkeypatch.setattr(stream, "reports", reports)
+    monkeypatch.setattr(PreferencesJob, "connect", lambda self: None)
     monkeypatch.setattr("pipelines.corpus.storage._sync", lambda path: None)
