@@ -51,6 +51,7 @@ def published(root: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+@pytest.mark.long
 def test_killed_and_run_again_it_makes_the_dataset_of_an_undisturbed_run(
     command_line: CommandLine, tmp_path: Path
 ) -> None:

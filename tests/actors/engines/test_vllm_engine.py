@@ -146,6 +146,7 @@ def num_texts(made: list[Any]) -> int:
     return len({completion.text for completion in made})
 
 
+@pytest.mark.long
 def test_the_comparison_finds_seeds_by_arrival_and_one_seed_for_all(sampling: HostedEngine) -> None:
     arrivals = itertools.count()
     crowd, alone = crowd_and_alone(sampling, lambda request: replace(request, seed=next(arrivals)))

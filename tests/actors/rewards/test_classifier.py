@@ -190,6 +190,7 @@ def test_a_model_that_cannot_be_scored_honestly_is_refused_in_one_line(
         Classifier(own, 1)
 
 
+@pytest.mark.long
 def test_scores_outlive_the_death_of_the_engines_process(folder_of: Callable[..., Path]) -> None:
     folder = folder_of(pad_token_id=0)
     engine = build_reward(

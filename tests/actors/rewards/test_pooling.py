@@ -35,6 +35,7 @@ def test_scores_are_those_of_the_plain_call(tmp_path: Path) -> None:
     assert_gone(family)
 
 
+@pytest.mark.long
 def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
     folder = build_tiny_llama(tmp_path / "headless")
     path = folder / "config.json"

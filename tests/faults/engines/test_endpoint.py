@@ -66,6 +66,7 @@ def test_an_outage_that_lasts_ends_the_job_with_5_and_the_same_command_goes_on(
     check(tmp_path / "out")
 
 
+@pytest.mark.long
 def test_a_row_that_the_endpoint_always_fails_at_is_quarantined_alone(
     command_line: CommandLine, endpoint: Endpoint, tmp_path: Path
 ) -> None:

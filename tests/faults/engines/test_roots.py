@@ -28,11 +28,10 @@ def arguments(tmp_path: Path, root: str) -> list[str]:
     ("name", "code", "told"),
     [
         (".full", 5, " is full: writing units/{}: [Errno 28] No space left on device"),
-        pytest.param(
-            ".readonly", 2, " refuses: writing units/{}: [Errno 30] Read-only file system", marks=pytest.mark.long
-        ),
+        (".readonly", 2, " refuses: writing units/{}: [Errno 30] Read-only file system"),
     ],
 )
+@pytest.mark.long
 def test_a_local_root_that_takes_no_more_is_told_and_the_same_command_goes_on_later(
     name: str, code: int, told: str, command_line: CommandLine, tmp_path: Path
 ) -> None:
