@@ -15,19 +15,24 @@ from actors.contract import ConfigError, TransientError
 def join_or_start(address: str | None, num_cpus: float) -> None:
     """Join the cluster at `address` or RAY_ADDRESS, else start one here, of `num_cpus` logical CPUs at least.
 
-    Raises ConfigError where no cluster there lets this job in.
+    Raises ConfigError where no cluster there lets this job in, and TransientError where one does not start in time.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         # Nobody else is to reach it: Ray would listen on every address of the machine, whatever `_node_ip_address` is.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         ray_constants.ENABLE_RAY_CLUSTER = False  # the same, which was read when Ray was imported
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),  # logical: pools share the cores that there are
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),  # logical: pools share the cores that there are
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+            )
+        except Exception as error:  # Ray's own is no other
+            if "timed out during startup" not in str(error):
+                raise
+            raise TransientError("Ray did not start here in time: this machine has too much else to do") from error
     else:
         try:
             ray.init(address=address, logging_level=logging.ERROR)

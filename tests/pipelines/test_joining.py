@@ -1,10 +1,10 @@
-"""What the driver makes of an actor's error: one line for a person where the actor meant it for one."""
+"""Joining a cluster: a Ray that does not start, and what the driver makes of an error that came through it."""
 
 import pytest
 from ray.exceptions import RayTaskError, UserCodeException
 
 from actors.contract import ConfigError, TransientError
-from pipelines.cluster import told_by
+from pipelines.cluster import join_or_start, told_by
 
 TRACE = """ray::MapWorker(MapBatches(PolicyStage)).submit() (pid=1, ip=127.0.0.1)
   File "actors/pool.py", line 1, in __call__
@@ -29,3 +29,20 @@ def test_what_an_actor_raised_for_a_person_is_told_to_it(kind: type[Exception]) 
 
 def test_a_bug_of_ours_is_not_told_as_a_mistake() -> None:
     assert told_by(RayTaskError("submit", TRACE.format(raised="KeyError: 'ConfigError'"), UserCodeException())) is None
+
+
+def test_a_ray_that_does_not_start_in_time_is_an_outage_and_anything_else_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(message: str) -> None:
+        def init(**options: object) -> None:
+            raise Exception(message)
+
+        monkeypatch.setattr("ray.init", init)
+
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    monkeypatch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)
+    fails("The current node timed out during startup. This could happen because some of the raylet failed to startup")
+    with pytest.raises(TransientError, match="Ray did not start here in time"):
+        join_or_start("local", 1)
+    fails("something else")
+    with pytest.raises(Exception, match="something else"):
+        join_or_start("local", 1)
