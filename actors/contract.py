@@ -6,7 +6,7 @@ This is the one module that `pipelines/corpus/` and `actors/` both import; neith
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import pyarrow as pa
@@ -207,3 +207,10 @@ def option(default: Any, help: str, *, changes_rows: bool = False) -> Any:
 def section(kind: type, help: str) -> Any:
     """A config field that is a section of its own."""
     return field(default_factory=kind, metadata={"doc": Doc(help, changes_rows=False)})
+
+
+def is_set(section: Any, key: str) -> bool:
+    """Whether a key of a config section has another value than its default."""
+    (found,) = (each for each in fields(section) if each.name == key)
+    default = found.default if found.default_factory is MISSING else found.default_factory()
+    return bool(getattr(section, key) != default)

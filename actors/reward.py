@@ -1,7 +1,6 @@
 """The reward pool: every response and every aligned text gets a score."""
 
 import asyncio
-from dataclasses import MISSING as UNSET
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal
@@ -10,7 +9,7 @@ import pyarrow as pa
 from omegaconf import MISSING
 
 from actors.candidates import as_messages, model_label
-from actors.contract import REWARD_NOTES, REWARDS, ConfigError, RowError, option
+from actors.contract import REWARD_NOTES, REWARDS, ConfigError, RowError, is_set, option
 from actors.engines.base import Messages, ScoringConfig
 from actors.pool import Columns, ModelStage, PoolConfig, Row
 from actors.rewards import build_reward
@@ -57,9 +56,8 @@ class RewardConfig(ScoringConfig, PoolConfig):
                 "rules must give one rule a weight with engine=rules; reward=rules is a combination of all"
             )
         for field in fields(self):
-            unset = field.default if field.default_factory is UNSET else field.default_factory()
             reader = _READ_BY.get(field.name, self.engine)
-            if self.engine != reader and getattr(self, field.name) != unset:
+            if self.engine != reader and is_set(self, field.name):
                 raise ConfigError(f"{field.name} has no effect with engine={self.engine}: it is for {reader}")
 
     @property

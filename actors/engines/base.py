@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from omegaconf import MISSING
 
-from actors.contract import ConfigError, option, refuse_secrets
+from actors.contract import ConfigError, is_set, option, refuse_secrets
 
 Messages = tuple[tuple[str, str], ...]
 """A chat as (role, content) pairs."""
@@ -104,8 +104,7 @@ class EngineConfig:
             hint = "is not to be had" if taken[0] in ("trust_remote_code", "seed") else "has a key of its own"
             raise ConfigError(f"engine_kwargs.{taken[0]}: {taken[0]} {hint}; take it out of engine_kwargs")
         for name, engines in _ENGINES_OF.items():
-            unset = {"engine_kwargs": {}, "tensor_parallel_size": 1}.get(name)
-            if getattr(self, name) != unset and self.engine not in engines:
+            if self.engine not in engines and is_set(self, name):
                 raise ConfigError(f"{name} has no effect with engine={self.engine}: it is for {' and '.join(engines)}")
         refuse_secrets("model", self.model)
         refuse_secrets("model_storage_options", self.model_storage_options)

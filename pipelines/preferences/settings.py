@@ -1,9 +1,9 @@
 """Every key of the build_preferences job."""
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
-from actors.contract import ConfigError, option, section
+from actors.contract import ConfigError, is_set, option, section
 from pipelines.corpus.publish import OutputConfig
 from pipelines.preferences import schema
 from pipelines.preferences.exporters import EXPORTERS
@@ -21,11 +21,6 @@ _READ_BY = {
     "semantic_encoder": tuple(schema.WEIGHED),
 }
 """Keys that some strategies read: set for another, they would be silently without effect."""
-
-
-def _is_set(section: Any, key: str) -> bool:
-    """Whether a key has another value than its default."""
-    return any(field.name == key and getattr(section, key) != field.default for field in fields(section))
 
 
 @dataclass(frozen=True)
@@ -110,9 +105,9 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         for key, readers in _READ_BY.items():
-            if self.strategy not in readers and _is_set(self, key):
+            if self.strategy not in readers and is_set(self, key):
                 raise ConfigError(f"{key} has no effect with strategy={self.strategy}: it is for {', '.join(readers)}")
-        if self.semantic_encoder is None and _is_set(self, "semantic_alpha"):
+        if self.semantic_encoder is None and is_set(self, "semantic_alpha"):
             raise ConfigError("semantic_alpha has no effect without a semantic_encoder")
         if self.reward is not None and self.reward_weights:
             raise ConfigError("reward and reward_weights exclude each other: name one reward, or weights of several")
@@ -174,11 +169,11 @@ class PromptsConfig:
     def __post_init__(self) -> None:
         if not 0 < self.overlap <= 1:
             raise ConfigError(f"overlap must be above 0 and at most 1, got {self.overlap}")
-        if self.dedup != "near" and _is_set(self, "overlap"):
+        if self.dedup != "near" and is_set(self, "overlap"):
             raise ConfigError(f"overlap has no effect with dedup={self.dedup}: it is for near")
         if self.ngram < 1:
             raise ConfigError(f"ngram must be 1 or more, got {self.ngram}")
-        if not self.decontaminate and _is_set(self, "ngram"):
+        if not self.decontaminate and is_set(self, "ngram"):
             raise ConfigError("ngram has no effect without files in decontaminate")
         for name in ("test_fraction", "validation_fraction"):
             if not 0 <= getattr(self, name) < 1:
