@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from tqdm import tqdm
@@ -86,7 +86,8 @@ def read_board(board: Any) -> dict[str, PoolTotals]:
 def shown(
     board: Any, tally: Tally, pools: dict[str, str], num_rows: int, *, log_every_s: float, stall_s: float
 ) -> Iterator[None]:
-    """Show progress while the body runs: live bars on a terminal, elsewhere a line a pool every `log_every_s` seconds.
+    """Show progress while the body runs: live bars on a terminal, elsewhere a line a pool every `log_every_s` seconds
+    and at the end.
 
     `pools` has what each pool asks of the nodes, by its name.
     Ends the process with exit code 4, after a diagnosis, when nothing has moved for `stall_s` seconds.
@@ -107,13 +108,14 @@ def shown(
         show(totals, tally)
         return min([now - moved_at, *(pool.idle_s for pool in totals.values())])
 
+    last = None
     try:
         with watched(idle_s, lambda: _diagnosis(totals, pools, tally), stall_s):
             yield
         with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
-            show(read_board(board), tally)  # what has moved since the last time, all of it in a short job
+            last = read_board(board)
     finally:
-        show(None, tally)
+        show(last, tally, ended=True)
 
 
 def _diagnosis(totals: dict[str, PoolTotals], pools: dict[str, str], tally: Tally) -> Iterator[str]:
@@ -166,7 +168,10 @@ def _give_up(idle_s: float, diagnosis: Iterable[str]) -> None:
 # --- lines and bars -------------------------------------------------------------------------------------------------
 
 
-Show = Callable[["dict[str, PoolTotals] | None", Tally], None]
+class Show(Protocol):
+    """Shows the pools' totals, None where they cannot be had; `ended` with the last ones, whenever that is."""
+
+    def __call__(self, totals: dict[str, PoolTotals] | None, tally: Tally, *, ended: bool = False) -> None: ...
 
 
 def _bars(pools: list[str], num_rows: int) -> Show:
@@ -180,7 +185,7 @@ def _bars(pools: list[str], num_rows: int) -> Show:
     }
     last = {name: (0, time.monotonic()) for name in pools}
 
-    def show(totals: dict[str, PoolTotals] | None, tally: Tally) -> None:
+    def show(totals: dict[str, PoolTotals] | None, tally: Tally, *, ended: bool = False) -> None:
         bars["committed"].n = tally.num_rows
         bars["committed"].set_postfix_str(f"{tally.num_quarantined} quarantined")
         for name, pool in (totals or {}).items():
@@ -190,7 +195,7 @@ def _bars(pools: list[str], num_rows: int) -> Show:
             last[name] = (pool.num_tokens, now)
             bars[name].n = min(pool.num_rows, num_rows)
             bars[name].set_postfix_str(f"{rate:.0f} tokens/s, {pool.num_running} in flight, {pool.num_failed} failed")
-        if totals is None:
+        if ended:
             for bar in bars.values():
                 bar.close()
 
@@ -202,11 +207,14 @@ def _lines(pools: list[str], num_rows: int, every_s: float) -> Show:
     shown_at = start
     before: dict[str, tuple[int, int]] = {}
 
-    def show(totals: dict[str, PoolTotals] | None, tally: Tally) -> None:
+    def show(totals: dict[str, PoolTotals] | None, tally: Tally, *, ended: bool = False) -> None:
         nonlocal shown_at
         now = time.monotonic()
-        if totals is None or now - shown_at < every_s:
+        if totals is None or not (ended or now - shown_at >= every_s):
             return
+        if ended:
+            shown_at = start  # rates of the whole job
+            before.clear()
         span, shown_at = now - shown_at, now
         for name in pools:
             pool = totals.get(name)

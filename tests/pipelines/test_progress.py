@@ -9,6 +9,7 @@ import sys
 import termios
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ def totals(num_rows: int, num_tokens: int) -> dict[str, PoolTotals]:
 def test_a_line_a_pool_and_one_for_what_is_committed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = iter([0.0, 10.0, 15.0, 20.0])
+    now = iter([0.0, 10.0, 15.0, 20.0, 25.0])
     monkeypatch.setattr("pipelines.progress.time.monotonic", lambda: next(now))
     show = _lines(["policy", "aligner"], 100, every_s=10)
     tally = Tally(num_units=1, num_rows=20, num_quarantined=3)
     show(totals(40, 1000), tally)
     show(totals(50, 1100), tally)
     show(totals(60, 3000), tally)
+    show(totals(100, 5000), replace(tally, num_rows=100), ended=True)  # at once, with the rates of the whole job
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "policy: 40/100 rows, 4.0 rows/s, 100 tokens/s, 5 in flight, 2 failed, ETA 0:00:15",
@@ -43,6 +45,9 @@ def test_a_line_a_pool_and_one_for_what_is_committed(
         "policy: 60/100 rows, 2.0 rows/s, 200 tokens/s, 5 in flight, 2 failed, ETA 0:00:13",
         "aligner: starting",
         "committed: 20/100 rows, 3 quarantined, ETA 0:01:20",
+        "policy: 100/100 rows, 4.0 rows/s, 200 tokens/s, 5 in flight, 2 failed, ETA 0:00:00",
+        "aligner: starting",
+        "committed: 100/100 rows, 3 quarantined, ETA 0:00:00",
     ]
 
 
