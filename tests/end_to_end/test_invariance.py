@@ -5,7 +5,7 @@ import itertools
 import json
 import shutil
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,11 @@ class Silent:
 
     def __init__(self, *arguments: Any) -> None: ...
 
-    async def report(self) -> None: ...
+    def report(self) -> "Silent":
+        return self
+
+    def __await__(self) -> Iterator[None]:
+        return iter(())
 
 
 @dataclass(frozen=True)

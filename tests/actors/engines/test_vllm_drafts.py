@@ -388,6 +388,15 @@ def draft_of(text: str, kind: str) -> str:
     }[kind]
 
 
+def fewest_steps(completion: Completion) -> int:
+    """Steps of vLLM where every guess is right, of an answer that no stop string ended.
+
+    What one ends goes on for some steps, until vLLM's front end has told the engine: more of them on a busy machine.
+    """
+    assert completion.finish_reason == "length"
+    return 1 + -(-completion.num_tokens // (GUESSES + 1))
+
+
 def same(made: list[Completion], plain: list[Completion]) -> bool:
     return [(m.text, m.finish_reason, m.num_tokens) for m in made] == [
         (p.text, p.finish_reason, p.num_tokens) for p in plain
@@ -403,11 +412,10 @@ def test_drafts_change_no_answer(drafting: HostedEngine, plain: list[Completion]
         num_more = completion.iterations + completion.accepted - completion.num_tokens
         # The end may have been guessed; behind a stop string vLLM goes on until it is told.
         assert num_more >= 0 if completion.finish_reason == "stop" else num_more == 0
-        if kind == "exact":
-            num_steps = 1 + -(-completion.num_tokens // (GUESSES + 1))
-            assert completion.iterations <= num_steps + 2 * (completion.finish_reason == "stop")
-        if kind == "altered":
-            assert completion.iterations <= 16
+        if completion.finish_reason == "length":
+            assert kind != "exact" or completion.iterations <= fewest_steps(completion)
+            assert kind != "altered" or completion.iterations <= 16
+    assert sum(completion.finish_reason == "length" for completion in made) > 8
 
 
 def test_answers_without_a_draft_stand_beside_those_with_one(drafting: HostedEngine, plain: list[Completion]) -> None:
@@ -449,10 +457,9 @@ def test_the_answer_in_an_aligners_prompt_is_its_draft(
     assert all(completion.iterations is not None for completion in made)
     made = make_all(drafting, [replace(each, draft=e.text) for each, e in zip(requests, expected, strict=True)])
     assert same(made, expected)
-    for completion in made:
-        assert completion.iterations is not None
-        num_steps = 1 + -(-completion.num_tokens // (GUESSES + 1))
-        assert completion.iterations <= num_steps + 2 * (completion.finish_reason == "stop")
+    until_the_limit = [completion for completion in made if completion.finish_reason == "length"]
+    assert len(until_the_limit) > 8
+    assert all(completion.iterations <= fewest_steps(completion) for completion in until_the_limit)
 
 
 def test_an_engine_outlives_its_folder(drafting: HostedEngine, plain: list[Completion]) -> None:
