@@ -1,22 +1,29 @@
 """Joining a Ray cluster or starting one, and what an error that came through Ray means to a person."""
 
+import contextlib
 import logging
 import math
 import os
 import re
 import signal
+import warnings
+from collections.abc import Iterator
 
 import ray
+import ray.data
 from ray._private import ray_constants
 
 from actors.contract import ConfigError, TransientError
 
 
 def join_or_start(address: str | None, num_cpus: float) -> None:
-    """Join the cluster at `address` or RAY_ADDRESS, else start one here, of `num_cpus` logical CPUs at least.
+    """Join the cluster at `address` or RAY_ADDRESS, else start one here, of `num_cpus` logical CPUs at least; return at
+    once where that has been done.
 
     Raises ConfigError where no cluster there lets this job in, and TransientError where one does not start in time.
     """
+    if ray.is_initialized():
+        return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         # Nobody else is to reach it: Ray would listen on every address of the machine, whatever `_node_ip_address` is.
@@ -43,6 +50,29 @@ def join_or_start(address: str | None, num_cpus: float) -> None:
                 "`ray get-auth-token` prints on its head"
             ) from error
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there, which exits with 15
+
+
+def data_context(block_bytes: int) -> ray.data.DataContext:
+    """Ray Data's settings for this process, with what all jobs want; blocks are cut at `block_bytes`."""
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = block_bytes
+    context.enable_progress_bars = False  # ours speak of rows and tokens
+    context.memory_usage_poll_interval_s = None  # a thread of every stage that reads /proc/self/smaps each second
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised here, too
+    warnings.filterwarnings("ignore", module=r"ray\.data")
+    return context
+
+
+@contextlib.contextmanager
+def mistakes_told() -> Iterator[None]:
+    """Raises what a task or actor raised for a person instead of the error that it came in."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        told = told_by(error)
+        if told is None:
+            raise
+        raise told from None
 
 
 def told_by(error: ray.exceptions.RayError) -> ConfigError | TransientError | None:

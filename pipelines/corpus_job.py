@@ -14,42 +14,41 @@ from pipelines.settings import JobConfig, fingerprint, notes
 from pipelines.stream import connect, stream
 
 
-class CorpusJob(Job):
+class CorpusJob(Job[JobConfig]):
     """Prompts, or a corpus that is there, become a corpus: align_corpus and score_corpus, by their config."""
 
     def __init__(self, config: JobConfig, source: Input, output: Storage) -> None:
         super().__init__(config, source, config.input, output)
-        self._config = config
         self.retry_quarantined = config.run.retry_quarantined
 
     def fingerprint(self, kept_types: Mapping[str, str]) -> dict[str, Any]:
-        return fingerprint(self._config, kept_types)
+        return fingerprint(self.config, kept_types)
 
     def told(self, plan: Plan) -> dict[str, Any]:
         bad_shards = [{"path": shard.path, "reason": shard.reason} for shard in plan.bad_shards]
-        return {"bad_shards": bad_shards, "notes": notes(self._config)}
+        return {"bad_shards": bad_shards, "notes": notes(self.config)}
 
     def despite(self, plan: Plan) -> str | None:
-        return "input.on_bad_shard=skip does the other shards" if self._config.input.on_bad_shard == "fail" else None
+        return "input.on_bad_shard=skip does the other shards" if self.config.input.on_bad_shard == "fail" else None
 
     def connect(self) -> None:
-        connect(self._config)
+        connect(self.config)
 
-    def make(self, plan: Plan, run: int) -> None:
-        stream(self._config, self.source, self.output, plan, run)
+    def make(self, plan: Plan, run: int, made_of: str) -> None:
+        stream(self.config, self.source, self.output, plan, run, made_of)
 
     def publish(self, plan: Plan) -> Published:
         return publish(
             self.output,
-            self._config.output,
-            max_quarantined_fraction=self._config.run.max_quarantined_fraction,
-            accept_quarantined=self._config.run.accept_quarantined,
+            self.config.output,
+            max_quarantined_fraction=self.config.run.max_quarantined_fraction,
+            accept_quarantined=self.config.run.accept_quarantined,
             bad_shards=plan.bad_shards,
         )
 
     def print_dry_run(self, plan: Plan) -> None:
         made_of = digest(self.fingerprint(plan.kept_types))
-        report.print_dry_run(self._config, self.source, plan, made_of, latest_pace(self.output))
+        report.print_dry_run(self.config, self.source, plan, made_of, latest_pace(self.output))
 
     def print_summary(self, plan: Plan, published: Published) -> None:
-        report.print_summary(self._config, self.output, plan, published)
+        report.print_summary(self.config, self.output, plan, published)

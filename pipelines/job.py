@@ -5,7 +5,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from actors.contract import ConfigError, TransientError
 from pipelines import report
@@ -20,6 +20,8 @@ from pipelines.corpus.state import read_state
 from pipelines.corpus.storage import Storage
 from pipelines.preferences.settings import BuildPreferencesConfig
 from pipelines.settings import JobConfig, code_version
+
+Config = TypeVar("Config", bound=JobConfig | BuildPreferencesConfig)
 
 DONE, USER_ERROR, NOT_CLEAN, OUTAGE, INTERRUPTED = 0, 2, 3, 5, 130
 
@@ -44,7 +46,7 @@ def exit_code(work: Callable[[], int]) -> int:
         return INTERRUPTED
 
 
-class Job(ABC):
+class Job(ABC, Generic[Config]):
     """Rows of an input become rows under an output root: what is special to each of the jobs.
 
     Args:
@@ -57,15 +59,8 @@ class Job(ABC):
     retry_quarantined: str | None = None
     """Cause of the published quarantined rows that are made again."""
 
-    def __init__(
-        self,
-        config: JobConfig | BuildPreferencesConfig,
-        source: Input,
-        columns: InputConfig | CorpusConfig,
-        output: Storage,
-    ) -> None:
-        self._settings = config
-        self.run, self.source, self.columns, self.output = config.run, source, columns, output
+    def __init__(self, config: Config, source: Input, columns: InputConfig | CorpusConfig, output: Storage) -> None:
+        self.config, self.source, self.columns, self.output = config, source, columns, output
 
     @abstractmethod
     def fingerprint(self, kept_types: Mapping[str, str]) -> dict[str, Any]:
@@ -84,8 +79,8 @@ class Job(ABC):
         """Join the cluster, or start one. Raises ConfigError or TransientError where the job does not fit on it."""
 
     @abstractmethod
-    def make(self, plan: Plan, run: int) -> None:
-        """Make and commit every unit of the plan, which has some, as run `run`."""
+    def make(self, plan: Plan, run: int, made_of: str) -> None:
+        """Make and commit every unit of the plan, which has some, as run `run`; `made_of` digests its fingerprint."""
 
     @abstractmethod
     def publish(self, plan: Plan) -> Published:
@@ -110,14 +105,14 @@ class Job(ABC):
             before["input_root"] if before else self.source.root_url,
             self.source.root_url,
             has_rows=bool(state.committed or state.partitions),
-            accept_changes=self.run.accept_changes,
+            accept_changes=self.config.run.accept_changes,
         )
         plan = make_plan(
             self.source,
             self.columns,
             self.output,
             state,
-            unit_rows=self.run.unit_rows,
+            unit_rows=self.config.run.unit_rows,
             limit=limit,
             retry_quarantined=self.retry_quarantined,
             kept_types=before["kept_types"] if before else {},
@@ -127,7 +122,7 @@ class Job(ABC):
             self.fingerprint(plan.kept_types),
             has_unpublished=bool(state.committed or state.unfinished),
             has_published=bool(state.partitions),
-            accept_changes=self.run.accept_changes,
+            accept_changes=self.config.run.accept_changes,
         )
         return plan
 
@@ -144,17 +139,17 @@ class Job(ABC):
             "num_units": plan.num_units,
             "num_rows": plan.num_rows,
             **self.told(plan),
-            "config": resolved(self._settings),
+            "config": resolved(self.config),
         }
 
 
-def run_job(job: Job, flags: Flags) -> int:
+def run_job(job: Job[Any], flags: Flags) -> int:
     """Plan what is not done, make it, publish it; again where a unit turned out damaged. Returns the exit code."""
     job.source.refuse_own_output(job.output)
     if flags.dry_run:
         job.print_dry_run(job.planned(flags.limit))
         return DONE
-    with Lease(job.output, job.run.lease_ttl_s, announce=report.say):
+    with Lease(job.output, job.config.run.lease_ttl_s, announce=report.say):
         job.output.sweep()
         plan = job.planned(flags.limit)
         refusal = job.despite(plan) if plan.bad_shards else None
@@ -166,13 +161,14 @@ def run_job(job: Job, flags: Flags) -> int:
         return NOT_CLEAN if plan.bad_shards or published.withheld else DONE
 
 
-def make_and_publish(job: Job, plan: Plan) -> Published:
+def make_and_publish(job: Job[Any], plan: Plan) -> Published:
     """Make the plan's units, then publish what is committed."""
     partitions: list[int] = []
     while True:
         if plan.num_units:
             job.connect()
-            job.make(plan, create_run(job.output, job.record(plan)))
+            record = job.record(plan)
+            job.make(plan, create_run(job.output, record), record["digest"])
         published = job.publish(plan)
         partitions.extend(published.partitions)
         if not published.lost:

@@ -1,6 +1,5 @@
 """A job's data flow on Ray: units are read, answered, aligned, scored and committed, all at the same time."""
 
-import logging
 import time
 import warnings
 from collections.abc import Mapping
@@ -19,18 +18,18 @@ from actors.policy import PolicyStage
 from actors.pool import add_pool, planned
 from actors.reward import RewardStage
 from pipelines import report
-from pipelines.cluster import join_or_start, told_by
+from pipelines.cluster import data_context, join_or_start, mistakes_told
 from pipelines.corpus.attempts import Attempts
 from pipelines.corpus.commit import Committer
 from pipelines.corpus.plan import Plan
 from pipelines.corpus.read import read_spans
-from pipelines.corpus.runs import digest, write_pace
+from pipelines.corpus.runs import write_pace
 from pipelines.corpus.shards import Input
 from pipelines.corpus.storage import Storage
 from pipelines.corpus.tasks import Tasks, grouped
 from pipelines.placement import Need, node_ids, wait_until_placeable
 from pipelines.progress import Tally, read_board, shown
-from pipelines.settings import AlignCorpusConfig, JobConfig, fingerprint, pools, rewards
+from pipelines.settings import AlignCorpusConfig, JobConfig, pools, rewards
 
 READ_CPUS = 0.25
 COMMIT_CPUS = 0.25
@@ -71,32 +70,29 @@ BACKPRESSURE = [
 ]
 
 
-def stream(config: JobConfig, source: Input, output: Storage, plan: Plan, run: int) -> None:
-    """Make and commit every unit of the plan.
+def stream(config: JobConfig, source: Input, output: Storage, plan: Plan, run: int, made_of: str) -> None:
+    """Make and commit every unit of the plan, as run `run`, whose fingerprint has digest `made_of`.
 
     Raises ConfigError for a mistake that only an actor could find, and TransientError for an outage.
     """
     started = time.monotonic()
     board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board).remote()
     tally = Tally()
-    made_of = digest(fingerprint(config, plan.kept_types))
     committer = Committer(output, source, tuple(config.input.keep_columns), run, made_of)
     notes = Attempts.of_job(output)
     committed = pipeline(config, source, plan, committer, board, notes)
     asks = {need.name: need.ask for need in replicas(config)}
     stall_s = config.run.stall_minutes * 60
-    with shown(board, tally, asks, plan.num_rows, log_every_s=config.site.log_every_s, stall_s=stall_s):
+    with (
+        shown(board, tally, asks, plan.num_rows, log_every_s=config.site.log_every_s, stall_s=stall_s),
+        mistakes_told(),
+    ):
         try:
             for row in committed.iter_rows():
                 tally.add(row)
         except KeyboardInterrupt:
             report.say(f"committed until now: {tally.num_units} units, {tally.num_rows} of {plan.num_rows} rows")
             raise
-        except ray.exceptions.RayError as error:
-            told = told_by(error)
-            if told is None:
-                raise
-            raise told from None
     notes.forget_done()
     found, running_s, seconds = read_board(board), ray.get(board.running_s.remote()), time.monotonic() - started
     totals = {name: found[name] for name in asks if name in found}
@@ -122,14 +118,9 @@ def pipeline(
     notes: Attempts,
 ) -> ray.data.Dataset:
     """Units -> responses -> aligned -> rewards -> committed: one row a unit, one task a unit (or several)."""
-    context = ray.data.DataContext.get_current()
-    context.target_max_block_size = max(1, int(config.run.task_mib * 2**20))  # 1 byte: every unit a block of its own
+    context = data_context(max(1, int(config.run.task_mib * 2**20)))  # 1 byte: every unit a block of its own
     context.autoscaling_config = AutoscalingConfig(actor_pool_util_upscaling_threshold=1.0)  # grow when all are busy
-    context.enable_progress_bars = False  # ours speak of rows and tokens
-    context.memory_usage_poll_interval_s = None  # a thread of every stage that reads /proc/self/smaps each second
     context.set_config(backpressure.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, BACKPRESSURE)
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised here, too
-    warnings.filterwarnings("ignore", module=r"ray\.data")
     warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")  # until 2.64, and nothing else does it
     on_cpus = [pool for pool in pools(config).values() if pool.engine in ("torch", "vllm") and not pool.num_gpus]
     sharers = sum(pool.most_replicas for pool in on_cpus)
@@ -198,8 +189,7 @@ def connect(config: JobConfig) -> None:
 
     Raises ConfigError where they never will, and TransientError where the nodes for them did not come in time.
     """
-    if not ray.is_initialized():
-        join_or_start(config.site.ray_address, sum(need.count * need.cpus for need in needs(config)))
+    join_or_start(config.site.ray_address, sum(need.count * need.cpus for need in needs(config)))
     wait_until_placeable(
         needs(config), config.run.wait_for_resources_s, say_every_s=config.site.log_every_s, announce=report.say
     )

@@ -3,12 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import ray
-
 from pipelines.cluster import join_or_start
 from pipelines.corpus.plan import Plan
 from pipelines.corpus.publish import Published, publish
-from pipelines.corpus.runs import digest
 from pipelines.corpus.storage import Storage
 from pipelines.job import Job
 from pipelines.preferences import report
@@ -22,39 +19,38 @@ from pipelines.preferences.source import PublishedCorpus, shard_config
 from pipelines.preferences.stream import build_all
 
 
-class PreferencesJob(Job):
+class PreferencesJob(Job[BuildPreferencesConfig]):
     """A published corpus becomes a preference dataset."""
+
+    source: PublishedCorpus
 
     def __init__(self, config: BuildPreferencesConfig, source: PublishedCorpus, output: Storage) -> None:
         super().__init__(config, source, shard_config(config.input.path, config.input.keep_columns), output)
-        self._config, self._corpus = config, source
         found = benchmarks_of(config.prompts, config.site.storage_options)
         self._benchmarks = found.digest if found else None
         files = EXPORTERS[config.export].files(config.build.strategy) if config.export else {}
         self._kind = preferences(jsonl=config.output.jsonl, files=files)
 
     def fingerprint(self, kept_types: Mapping[str, str]) -> dict[str, Any]:
-        return fingerprint(self._config, kept_types, self._benchmarks)
+        return fingerprint(self.config, kept_types, self._benchmarks)
 
     def told(self, plan: Plan) -> dict[str, Any]:
-        return {"columns": output_columns(self._config, plan.kept_types)}
+        return {"columns": output_columns(self.config, plan.kept_types)}
 
     def despite(self, plan: Plan) -> str | None:
         return "these parts of the corpus cannot be read as the others can"
 
     def connect(self) -> None:
-        if not ray.is_initialized():
-            join_or_start(self._config.site.ray_address, self._config.run.num_workers)
+        join_or_start(self.config.site.ray_address, self.config.run.num_workers)
 
-    def make(self, plan: Plan, run: int) -> None:
-        made_of = digest(self.fingerprint(plan.kept_types))
-        build_all(self._config, Builder(self._config, self._corpus, self.output, self._benchmarks, run, made_of), plan)
+    def make(self, plan: Plan, run: int, made_of: str) -> None:
+        build_all(self.config, Builder(self.config, self.source, self.output, self._benchmarks, run, made_of), plan)
 
     def publish(self, plan: Plan) -> Published:
-        return publish(self.output, self._config.output, self._kind)
+        return publish(self.output, self.config.output, self._kind)
 
     def print_dry_run(self, plan: Plan) -> None:
-        report.print_dry_run(self._config, plan)
+        report.print_dry_run(self.config, plan)
 
     def print_summary(self, plan: Plan, published: Published) -> None:
         report.print_summary(self.output, published)

@@ -1,8 +1,6 @@
 """The job's data flow on Ray: tasks that read, build and commit units, none of which holds more than one at once."""
 
-import logging
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +11,7 @@ import ray
 import ray.data
 
 from pipelines import report
-from pipelines.cluster import told_by
+from pipelines.cluster import data_context, mistakes_told
 from pipelines.corpus.plan import Plan
 from pipelines.corpus.tasks import Call, Tasks, grouped
 from pipelines.preferences.build import Builder, named
@@ -38,8 +36,8 @@ def run(config: BuildPreferencesConfig, calls: Sequence[Call], wanted: Sequence[
     moved_at = time.monotonic()
 
     def diagnosis() -> Iterator[str]:
-        missing = [name for name in wanted if name not in done]
-        yield f"{len(done)} of {len(wanted)} are done; the first that are not: {'; '.join(missing[:NUM_NAMED])}"
+        left = [name for name in wanted if name not in done]
+        yield f"{len(done)} of {len(wanted)} are done; the first that are not: {'; '.join(left[:NUM_NAMED])}"
         if not done:
             yield "no task has reported yet: each needs a free CPU of the cluster"
         yield "what is committed is kept; the same command resumes"
@@ -53,21 +51,11 @@ def run(config: BuildPreferencesConfig, calls: Sequence[Call], wanted: Sequence[
 
 def reports(config: BuildPreferencesConfig, calls: Sequence[Call]) -> Iterator[dict[str, Any]]:
     """Run the calls on Ray. Raises ConfigError for a mistake that only a task could find."""
-    context = ray.data.DataContext.get_current()
-    context.target_max_block_size = 1  # every report a block of its own: it is told at once
-    context.enable_progress_bars = False
-    context.memory_usage_poll_interval_s = None
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised here, too
-    warnings.filterwarnings("ignore", module=r"ray\.data")
+    data_context(1)  # byte: every report a block of its own, which is told at once
     num_workers = config.run.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     made = ray.data.read_datasource(Tasks(calls), num_cpus=1, concurrency=num_workers, override_num_blocks=len(calls))
-    try:
+    with mistakes_told():
         yield from made.iter_rows()
-    except ray.exceptions.RayError as error:
-        told = told_by(error)
-        if told is None:
-            raise
-        raise told from None
 
 
 def build_all(config: BuildPreferencesConfig, builder: Builder, plan: Plan) -> None:
