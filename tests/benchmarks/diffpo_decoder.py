@@ -53,7 +53,8 @@ ROWS_OF_ONE = 2
 """Rows of the comparison at batch 1, one after the other: twenty runs, of which each overlap is a whole number."""
 MOST_POSITIONS = 1024
 """Of a forward whose cost is measured; more of them cost as much more as the last ones did."""
-SWEEPS = 3
+SWEEPS = 2
+"""Of all shapes, before each repeat."""
 SIZES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 4096},
@@ -257,7 +258,7 @@ def against_official(subject: Subject, args: argparse.Namespace, keep: Callable[
 
 @torch.inference_mode()
 def step_costs(model: Any, batch: int, block: int, context: int) -> Costs:
-    """Seconds of a forward and the choice of its tokens, with `context` tokens of each row in the cache.
+    """Seconds of a forward and the choice of its tokens, once each, with `context` tokens of each row in the cache.
 
     Up to `batch` positions it is one of so many rows, as when others have ended; beyond it, several of each row.
     """
@@ -274,11 +275,7 @@ def step_costs(model: Any, batch: int, block: int, context: int) -> Costs:
     widths = [1 << n for n in range(1, block.bit_length() + 1)]  # a prompt may come on top of a block
     shapes += [(batch, width) for width in widths if batch * width <= MOST_POSITIONS]
     step(1, 1)  # warm up
-    took: dict[int, list[float]] = {rows * width: [] for rows, width in shapes}
-    for _ in range(SWEEPS):
-        for rows, width in shapes:
-            took[rows * width].append(seconds(partial(step, rows, width))[0])
-    return {total: statistics.median(times) for total, times in took.items()}
+    return {rows * width: seconds(partial(step, rows, width))[0] for rows, width in shapes}
 
 
 @torch.inference_mode()
@@ -287,8 +284,7 @@ def prefill_s(model: Any, prompts: Tokens) -> float:
     forward = Forward(model)
     forward.cache.resize(len(prompts), max(map(len, prompts)), used=0)
     none = [0] * len(prompts)
-    run = partial(forward, 0, [prompt[:-1] for prompt in prompts], none, none)
-    return statistics.median(seconds(run)[0] for _ in range(SWEEPS))
+    return seconds(partial(forward, 0, [prompt[:-1] for prompt in prompts], none, none))[0]
 
 
 def against_generate(subject: Subject, args: argparse.Namespace, keep: Callable[..., None]) -> None:
@@ -299,10 +295,6 @@ def against_generate(subject: Subject, args: argparse.Namespace, keep: Callable[
         prompts = subject.prompts[: max(batch, ROWS_OF_ONE)]
         groups = [slice(first, first + batch) for first in range(0, len(prompts), batch)]
         context = int(statistics.mean(map(len, prompts))) + length // 2
-        costs = step_costs(subject.ours, batch, args.block_size, context)
-        prefills = [prefill_s(subject.ours, prompts[group]) for group in groups]
-        told = " ".join(f"{total}:{1000 * cost:.0f}" for total, cost in sorted(costs.items()))
-        print(f"{subject.name}, {subject.ours.dtype}, batch {batch}; milliseconds by positions: {told}", flush=True)
         settings = parallel(subject, args.block_size, batch)
         answers = decode(subject, prompts, length, batch)
         drafts = {overlap: spoil(answers, overlap, vocabulary, seed=batch) for overlap in args.overlaps}
@@ -310,13 +302,21 @@ def against_generate(subject: Subject, args: argparse.Namespace, keep: Callable[
         plain_times: list[float] = []
         our_times: dict[float, list[float]] = {overlap: [] for overlap in args.overlaps}
         made: dict[float, Tokens] = {}
-        for _ in range(args.repeats):
+        sweeps: list[Costs] = []
+        all_prefills: list[list[float]] = []
+        for _ in range(args.repeats):  # the limit's costs, too: they are those of the same minutes
+            sweeps += [step_costs(subject.ours, batch, args.block_size, context) for _ in range(SWEEPS)]
+            all_prefills.append([prefill_s(subject.ours, prompts[group]) for group in groups])
             their_s, want = seconds(partial(generate, subject.theirs, prompts, length, batch, eos=None))
             their_times.append(their_s)
             plain_times.append(seconds(partial(decode, subject, prompts, length, batch))[0])
             for overlap, guesses in drafts.items():
                 our_s, made[overlap] = seconds(partial(decode, subject, prompts, length, batch, guesses, **settings))
                 our_times[overlap].append(our_s)
+        costs = {total: statistics.median(sweep[total] for sweep in sweeps) for total in sweeps[0]}
+        prefills = [statistics.median(times) for times in zip(*all_prefills, strict=True)]
+        told = " ".join(f"{total}:{1000 * cost:.0f}" for total, cost in sorted(costs.items()))
+        print(f"{subject.name}, {subject.ours.dtype}, batch {batch}; milliseconds by positions: {told}", flush=True)
         num, their_s, plain_s = len(prompts) * length, statistics.median(their_times), statistics.median(plain_times)
         for overlap, guesses in drafts.items():
             tokens, our_s, limit_s = made[overlap], statistics.median(our_times[overlap]), 0.0
