@@ -1,6 +1,7 @@
 """The reward pool: every response and every aligned text gets a score."""
 
 import asyncio
+import math
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal
@@ -110,9 +111,11 @@ class RewardStage(ModelStage):
             if self._config.engine == "openai":
                 return await judged(partial(self.generate, row, seed=0), self._config, messages, first, text)
             completion = await self.generate(row, (*messages, ("assistant", text)), seed=0)
+            assert completion.score is not None
+            if not math.isfinite(completion.score):
+                raise RowError("reward_failed", f"the score is {completion.score}")
         except RowError as error:
             return None, [error.cause]
-        assert completion.score is not None
         return completion.score, []
 
 

@@ -33,7 +33,7 @@ of the answers matters in itself. What stands in the conversation and in the ans
 
 Which answer is better? End with [[A]], [[B]], or [[C]] where neither is."""
 
-VERSION = 1
+VERSION = 2
 """Raised when the question, or how its answer is read, changes."""
 
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
@@ -74,7 +74,7 @@ async def _verdict(
     completion = await ask((("user", question(config, messages, first, second)),))
     _, answer = split_reasoning(completion.text, config.reasoning_end)
     told = _VERDICT.findall(answer)
-    if not told:
+    if not told or completion.finish_reason != "stop":  # one that was cut may have got no further than the question
         raise RowError("unreadable_verdict", f"the judge gave no verdict: {answer[-100:]!r}")
     verdict: Literal["A", "B", "C"] = told[-1]
     return verdict

@@ -24,7 +24,7 @@ Prompt = list[dict[str, str]]
 """A chat as {role, content}: system (optional, first), then user and assistant in turn, user last."""
 Rule = Callable[[Prompt, str], float]
 
-VERSION = 1
+VERSION = 2
 """Raised when a rule of this module comes to score a text otherwise."""
 
 SHORT_WORDS, LONG_WORDS = 20, 400
@@ -46,7 +46,10 @@ _TEMPLATE = re.compile(
     r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|</?s>|^(?:#+ *)?(?:Human|User|Assistant) *:",
     re.IGNORECASE | re.MULTILINE,
 )
-_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})", re.MULTILINE)
+_FENCE = re.compile(r"^ {0,3}(`{3,}(?=[^`\n]*$)|~{3,})", re.MULTILINE)
+"""Backticks with others behind them on the line are code within a line (CommonMark 0.31, 4.5)."""
+_GOES_ON = {*",;:/\\@#&、，；：", "Ps", "Pi", "Pd"}
+"""Marks, and categories of them (Unicode), that no text ends with."""
 _LIST_ITEM = re.compile(r"\s*(?:[-*+•]|\d+[.)])\s|\s*\|.*\|\s*$|\s*#{1,6} ")
 
 
@@ -83,12 +86,11 @@ def language(prompt: Prompt, response: str) -> float:
 
 def format(prompt: Prompt, response: str) -> float:
     """Share of these that hold: code fences are closed; nothing of a chat template is in it; it ends as a text ends,
-    with a mark of punctuation, a closing quote or bracket, an emoji, code, or in a list, table or heading."""
+    with a mark that ends a sentence, a closing quote or bracket, an emoji, code, or in a list, table or heading."""
     text = response.rstrip()
     fences = _FENCE.findall(text)
     closed = len(fences) % 2 == 0
-    last = text.rsplit("\n", 1)[-1]
-    ended = bool(text) and (unicodedata.category(text[-1])[0] in "PS" or _LIST_ITEM.match(last) is not None)
+    ended = bool(text) and (_ends(text[-1]) or _LIST_ITEM.match(text.rsplit("\n", 1)[-1]) is not None)
     return (closed + (_TEMPLATE.search(text) is None) + ended) / 3
 
 
@@ -156,6 +158,11 @@ def _asked(name: str, rule: Rule, prompt: Prompt, response: str) -> float:
     if not math.isfinite(score):
         raise RowError("reward_failed", f"{name} returned {score}")
     return score
+
+
+def _ends(mark: str) -> bool:
+    category = unicodedata.category(mark)
+    return category[0] in "PS" and not {mark, category} & _GOES_ON
 
 
 def _letter_bytes(text: str) -> int:

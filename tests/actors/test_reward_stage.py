@@ -15,7 +15,7 @@ PROBLEM_ROW = {"stage": "read", "cause": "null_prompt", "error_class": "InputErr
 
 
 class Lengths:
-    """The score of a text is its length; one that says `fail` is an error of that request."""
+    """The score of a text is its length, or what is no number; one that says `fail` is an error of that request."""
 
     def __init__(self) -> None:
         self.asked: list[Messages | str] = []
@@ -25,7 +25,8 @@ class Lengths:
         text = request.prompt[-1][1]
         if "fail" in text:
             raise RowError("prompt_too_long", "9 tokens")
-        return Completion("", None, None, None, score=float(len(text)))
+        score = float(text) if text in ("nan", "inf", "-inf") else float(len(text))
+        return Completion("", None, None, None, score=score)
 
     def stats(self) -> EngineStats:
         return EngineStats(0, 0, 0)
@@ -103,6 +104,13 @@ def test_what_cannot_be_scored_loses_no_row_and_its_cause_is_told(engine: Length
     assert first["reward_notes"] == ["r: prompt_too_long"]
     assert first["problem"] is None
     assert second["reward_notes"] == []
+
+
+@pytest.mark.parametrize("score", ["nan", "inf", "-inf"])
+def test_a_score_that_is_no_number_is_none(engine: Lengths, score: str) -> None:
+    (row,) = run(unit_of((["ok"], [score])), "r")
+    assert row["rewards"] == [{"name": "r", "response": [2.0], "aligned": [None]}]
+    assert row["reward_notes"] == ["r: reward_failed"]
 
 
 def test_a_second_reward_stands_beside_the_first_and_one_of_the_same_name_in_its_place(engine: Lengths) -> None:

@@ -40,7 +40,7 @@ def judge(verdict: Verdict, *pairs: tuple[str, str], **keys: Any) -> tuple[list[
         assert first and second
         asked[first[1], second[1]] = question["content"]
         message = {"role": "assistant", "content": verdict(first[1], second[1])}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        choice = {"index": 0, "message": message, "finish_reason": "length" if "cut" in message["content"] else "stop"}
         return web.json_response(
             {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
         )
@@ -97,6 +97,7 @@ def test_the_question_has_the_conversation_and_the_criterion_as_they_are() -> No
     assert "The ruder one is better." in question
 
 
-def test_an_answer_without_a_verdict_is_that_texts_fault() -> None:
-    (error,), _ = judge(lambda first, second: "Both are fine.", ("one", "two"))
+@pytest.mark.parametrize("answer", ["Both are fine.", "I am to end with [[A]], [[B]] or [[C]]. Answer A is cut"])
+def test_an_answer_without_a_verdict_is_that_texts_fault(answer: str) -> None:
+    (error,), _ = judge(lambda first, second: answer, ("one", "two"))
     assert isinstance(error, RowError) and error.cause == "unreadable_verdict"

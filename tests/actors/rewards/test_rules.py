@@ -45,6 +45,14 @@ def test_a_whole_answer_is_well_by_every_rule(name: str) -> None:
         ("format", "It is blue.<|im_end|>", 2 / 3),
         ("format", "It is blue.\nHuman: And at night?", 2 / 3),
         ("format", "It is blue because the", 2 / 3),
+        ("format", "It is blue because,", 2 / 3),
+        ("format", "He said (", 2 / 3),
+        ("format", "These are the reasons:", 2 / 3),
+        ("format", "He said “yes”", 1.0),
+        ("format", "**It is blue**", 1.0),
+        ("format", "它是蓝色的。", 1.0),
+        ("format", "```x = 1``` is code.", 1.0),  # within a line
+        ("format", "~~~\nx\n~~~", 1.0),
         ("format", "- air\n- light", 1.0),
         ("format", "", 2 / 3),
     ],
@@ -107,7 +115,7 @@ def test_the_identity_of_rules_follows_the_code_of_the_users_functions(
     functions.write_text(functions.read_text().replace("len(prompt)", "2"))
     after = rules_identity(weights)
     assert after != before
-    monkeypatch.setattr(rules, "VERSION", 2)
+    monkeypatch.setattr(rules, "VERSION", rules.VERSION + 1)
     assert rules_identity(weights) != after
 
 
