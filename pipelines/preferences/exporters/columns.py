@@ -15,8 +15,9 @@ def answers(table: pa.Table) -> tuple[pa.Array, pa.Array]:
     """Chosen and rejected as the texts that follow the prompt; of `steps`, the common sentences and one step each.
 
     Those sentences are as likely in both texts, so they cancel out in every loss that goes by the difference of
-    log-probabilities, DPO's among them: what is learnt from is the steps. White space between sentences that such a
-    text ends with is left out, as no answer ends with any.
+    log-probabilities, DPO's among them. What is left is the steps, and the end of turn that a trainer puts after each,
+    though the answer went on there: chosen and rejected end alike, yet it is not as likely after the one as after the
+    other. White space between sentences that such a text ends with is left out, as no answer ends with any.
     """
     chosen, rejected = (whole(table[side]) for side in ("chosen", "rejected"))
     if "prefix" not in table.column_names:

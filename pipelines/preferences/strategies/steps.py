@@ -8,7 +8,8 @@ import pyarrow as pa
 from pipelines.preferences.picks import Made, candidates, margin, preferred, provenance, rewards, sift, texts
 from pipelines.preferences.settings import BuildConfig
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+_END = r"(?<=[.!?।؟])\s+|(?<=[。！？])(?![。！？”’」』）])\s*|(?<=[。！？][”’」』）])\s*|\n+|\Z"
+_SENTENCE = re.compile(rf"\s*\S.*?(?:{_END})", re.DOTALL)
 
 
 def steps(ranked: pa.Table, build: BuildConfig) -> Made:
@@ -32,8 +33,8 @@ def steps(ranked: pa.Table, build: BuildConfig) -> Made:
 
 
 def part(one: str, other: str) -> tuple[str, str, str]:
-    """The sentences that both begin with, as `one` writes them, and the next of each; "" where there is none."""
-    mine, others = (_SENTENCE_END.sub(lambda end: f"{end[0]}\0", text).split("\0") for text in (one, other))
+    """The sentences that both begin with (as `normal` compares), as `one` writes them, and the next of each, or ""."""
+    mine, others = (_SENTENCE.findall(text.rstrip()) for text in (one, other))
     both = list(zip(mine, others, strict=False))
-    same = next((at for at, (a, b) in enumerate(both) if a.strip() != b.strip()), len(both))
+    same = next((at for at, (a, b) in enumerate(both) if a.split() != b.split()), len(both))
     return "".join(mine[:same]), "".join(mine[same : same + 1]), "".join(others[same : same + 1])

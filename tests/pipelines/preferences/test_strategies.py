@@ -3,15 +3,22 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipelines.preferences import strategies
+from pipelines.preferences.picks import normal
 from pipelines.preferences.ranked import rank
 from pipelines.preferences.settings import BuildConfig
 from pipelines.preferences.strategies.steps import part
 from tests.pipelines.preferences.fabricate import Row, candidate, row, table
 
 FOUR = row("four", ["worst", "better"], ["best", "good"], q=([1, 3], [7, 4]))
+WRITTEN = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
+    st.sampled_from(["Yes", "No", ".", "!", "。", "？", "」", " ", "  ", "\n", "\u3000", "\0", "é"]), max_size=12
+).map("".join)
 TIED = row("tied", ["a", "b"], ["c", "d"], q=([2, 2], [2, 2]))
 SAME = row("same", ["one  text"], ["one text\n"], q=([1], [2]))
 LOST = row("lost", ["a"], ["b"], q=([2], [1]))
@@ -188,3 +195,22 @@ def test_steps_part_where_the_sentences_do() -> None:
     ]
     assert causes == ["", "no_step"]
     assert part("a", "b") == ("", "a", "b")
+
+
+def test_steps_part_where_texts_differ_in_more_than_white_space() -> None:
+    rows, causes = made("steps", row("p", ["Hello world. No."], ["Hello  world. Yes, and so on."]), reward=None)
+    assert sides(rows, "prefix", "chosen", "rejected") == [("Hello  world. ", "Yes, and so on.", "No.")]
+    assert causes == [""]
+    assert part("\nA. B", "A. C") == ("\nA. ", "B", "C")
+    assert part("一加一。是二！所以。", "一加一。是三！所以。") == ("一加一。", "是二！", "是三！")
+    assert part("他说「好。」我走了。", "他说「好。」我没走。") == ("他说「好。」", "我走了。", "我没走。")
+    assert part("यह है। हाँ।", "यह है। नहीं।") == ("यह है। ", "हाँ।", "नहीं।")
+
+
+@given(WRITTEN, WRITTEN)
+def test_steps_of_any_two_texts_begin_them_and_differ(one: str, other: str) -> None:
+    prefix, chosen, rejected = part(one, other)
+    assert one.startswith(prefix + chosen)
+    mine, others, chosen_is, rejected_is = normal(pa.array([one, other, chosen, rejected])).to_pylist()
+    assert mine == others or chosen_is != rejected_is
+    assert others.replace(" ", "").startswith((normal(pa.array([prefix]))[0].as_py() + rejected_is).replace(" ", ""))
