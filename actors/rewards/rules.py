@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from actors.contract import ConfigError, RowError
 from actors.engines.base import Completion, EngineStats, Request
+from actors.words import words
 
 if TYPE_CHECKING:
     from actors.reward import RewardConfig
@@ -24,7 +25,7 @@ Prompt = list[dict[str, str]]
 """A chat as {role, content}: system (optional, first), then user and assistant in turn, user last."""
 Rule = Callable[[Prompt, str], float]
 
-VERSION = 2
+VERSION = 3
 """Raised when a rule of this module comes to score a text otherwise."""
 
 SHORT_WORDS, LONG_WORDS = 20, 400
@@ -32,9 +33,6 @@ GRAM = 3
 REFUSES_WITHIN = 200
 TELLING_BYTES = 20
 """Letters, in bytes of UTF-8, from which on the language of a text is told with some certainty."""
-
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
-"""A run of letters and digits; where words are written without spaces between them (Chinese, Japanese), a character."""
 
 _REFUSAL = re.compile(
     r"\b(?:i(?:['’]m| am) (?:sorry|afraid|unable|not able)|i (?:can(?:['’]t|not)|won['’]t|will not|must decline)"
@@ -55,14 +53,14 @@ _LIST_ITEM = re.compile(r"\s*(?:[-*+•]|\d+[.)])\s|\s*\|.*\|\s*$|\s*#{1,6} ")
 
 def length(prompt: Prompt, response: str) -> float:
     """1 from SHORT_WORDS to LONG_WORDS words; less in proportion where there are fewer, or the more there are."""
-    num_words = len(_WORD.findall(response))
+    num_words = len(words(response))
     return min(1.0, num_words / SHORT_WORDS, LONG_WORDS / max(1, num_words))
 
 
 def repetition(prompt: Prompt, response: str) -> float:
     """Distinct-3: different runs of three words over all of them (Li et al., 2016, https://arxiv.org/abs/1510.03055)."""
-    words = _WORD.findall(response.lower())
-    grams = [tuple(words[at : at + GRAM]) for at in range(len(words) - GRAM + 1)]
+    found = words(response.lower())
+    grams = [tuple(found[at : at + GRAM]) for at in range(len(found) - GRAM + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
 

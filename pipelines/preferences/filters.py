@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from actors.contract import ConfigError
+from actors.words import words
 from pipelines.preferences.arrow import whole
 from pipelines.preferences.ranked import Bools
 from pipelines.preferences.settings import PromptsConfig
@@ -24,7 +24,6 @@ from pipelines.preferences.settings import PromptsConfig
 NUM_PERMUTATIONS = 128
 SHINGLE_WORDS = 3
 SCHEME = "affine32"  # of datasketch's permutations: fixed, as signatures are kept
-_WORD = re.compile(r"\w+")
 
 Keys = npt.NDArray[np.uint64]
 
@@ -69,15 +68,12 @@ def signatures(texts: pa.Array) -> pa.FixedSizeListArray:
     """MinHash of each text's word triples (of its words, where it has fewer): fixed-size lists of uint32."""
     from datasketch import MinHash  # brings scipy along, which takes a second to import
 
-    shingles = [[" ".join(each).encode() for each in grams(words(text), SHINGLE_WORDS)] for text in texts.to_pylist()]
+    shingles = [
+        [" ".join(each).encode() for each in grams(words(text.lower()), SHINGLE_WORDS)] for text in texts.to_pylist()
+    ]
     made = [found.hashvalues for found in MinHash.generator(shingles, num_perm=NUM_PERMUTATIONS, seed=1, scheme=SCHEME)]
     values = np.concatenate(made).astype(np.uint32) if made else np.empty(0, np.uint32)
     return pa.FixedSizeListArray.from_arrays(pa.array(values), NUM_PERMUTATIONS)
-
-
-def words(text: str) -> list[str]:
-    """The words of a text in lower case, without what stands between them."""
-    return _WORD.findall(text.lower())
 
 
 def grams(found: list[str], length: int) -> Iterator[tuple[str, ...]]:
@@ -137,7 +133,7 @@ class Benchmarks:
 
     def touch(self, text: str) -> bool:
         """Whether a prompt's text holds one of the sequences."""
-        found = words(text)
+        found = words(text.lower())
         return any(
             length <= len(found) and not wanted.isdisjoint(map(hash, grams(found, length)))
             for length, wanted in self.grams.items()
@@ -168,7 +164,7 @@ def _read_benchmarks(paths: tuple[str, ...], ngram: int, options: str) -> Benchm
             data = fs.cat_file(name)
             digest.update(hashlib.sha256(data).digest())
             for text in _texts(path, data):
-                for gram in grams(words(text), ngram):
+                for gram in grams(words(text.lower()), ngram):
                     found.setdefault(len(gram), set()).add(hash(gram))
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"prompts.decontaminate: cannot read {path}: {error}") from None

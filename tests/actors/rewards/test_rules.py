@@ -33,6 +33,7 @@ def test_a_whole_answer_is_well_by_every_rule(name: str) -> None:
         ("length", "word " * 800, 0.5),
         ("repetition", "again and again and again and again", 2 / 5),  # "again and again", "and again and"
         ("repetition", "Two words", 1.0),
+        ("repetition", "की का कि की का के", 1.0),  # which differ in their vowel signs alone
         ("refusal", "I'm sorry, but I can't help with that.", 0.0),
         ("refusal", "As an AI language model, I have no taste.", 0.0),
         ("refusal", f"{WHOLE} {WHOLE} I cannot say more.", 1.0),  # an answer with a limit is no refusal

@@ -106,3 +106,10 @@ def test_a_benchmark_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_signatures_of_nothing_are_nothing() -> None:
     assert len(signatures(pa.array([], pa.string()))) == 0
     assert np.asarray(signatures(pa.array(["", "a"])).flatten()).shape == (256,)
+
+
+def test_prompts_in_scripts_with_vowel_signs_or_without_spaces_are_told_apart() -> None:
+    texts = ["user: राम की किताब", "user: राम का किताब", "user: 天空为什么是蓝色的？", "user: 大海为什么是蓝色的？"]
+    assert [each.tolist() for each in near_duplicates([pa.table({"signature": signatures(pa.array(texts))})], 0.8)] == [
+        [False] * 4
+    ]
