@@ -23,9 +23,12 @@ from pipelines.preferences.settings import PromptsConfig
 
 NUM_PERMUTATIONS = 128
 SHINGLE_WORDS = 3
+NUM_SHINGLES = 1024
+FOUND = 0.95
 SCHEME = "affine32"  # of datasketch's permutations: fixed, as signatures are kept
 
 Keys = npt.NDArray[np.uint64]
+Hashes = npt.NDArray[np.uint32]
 
 
 # --- a prompt's text ------------------------------------------------------------------------------------------------
@@ -64,16 +67,23 @@ def _mixed(keys: Keys) -> Keys:
 # --- duplicates -----------------------------------------------------------------------------------------------------
 
 
-def signatures(texts: pa.Array) -> pa.FixedSizeListArray:
-    """MinHash of each text's word triples (of its words, where it has fewer): fixed-size lists of uint32."""
+def shingled(texts: pa.Array) -> dict[str, pa.Array]:
+    """Of each text's word triples (of its words, where it has fewer): `signature`, their MinHash, fixed-size lists of
+    uint32, and `shingles`, lists of uint32: hashes of them in ascending order, the NUM_SHINGLES smallest."""
     from datasketch import MinHash  # brings scipy along, which takes a second to import
 
-    shingles = [
-        [" ".join(each).encode() for each in grams(words(text.lower()), SHINGLE_WORDS)] for text in texts.to_pylist()
-    ]
-    made = [found.hashvalues for found in MinHash.generator(shingles, num_perm=NUM_PERMUTATIONS, seed=1, scheme=SCHEME)]
-    values = np.concatenate(made).astype(np.uint32) if made else np.empty(0, np.uint32)
-    return pa.FixedSizeListArray.from_arrays(pa.array(values), NUM_PERMUTATIONS)
+    triples = [[" ".join(each) for each in grams(words(text.lower()), SHINGLE_WORDS)] for text in texts.to_pylist()]
+    hashes = pd.util.hash_array(np.array([each for one in triples for each in one], object), categorize=False)
+    ends = np.cumsum([len(one) for one in triples], dtype=np.int64)
+    found = [np.unique(each) for each in np.split(hashes.astype(np.uint32), ends)[:-1]]
+    made = MinHash.generator(
+        (each.tolist() for each in found), num_perm=NUM_PERMUTATIONS, seed=1, scheme=SCHEME, hashfunc=int
+    )
+    signatures = np.concatenate([np.empty(0, np.uint64), *(each.hashvalues for each in made)]).astype(np.uint32)
+    return {
+        "signature": pa.FixedSizeListArray.from_arrays(pa.array(signatures), NUM_PERMUTATIONS),
+        "shingles": pa.array([each[:NUM_SHINGLES] for each in found], pa.list_(pa.uint32())),
+    }
 
 
 def grams(found: list[str], length: int) -> Iterator[tuple[str, ...]]:
@@ -91,26 +101,48 @@ def exact_duplicates(parts: Iterable[pa.Table]) -> Iterator[Bools]:
 
 
 def near_duplicates(parts: Iterable[pa.Table], overlap: float) -> Iterator[Bools]:
-    """Likewise, of prompts whose estimated Jaccard similarity with one that is used is `overlap` or more.
+    """Likewise, which have a Jaccard similarity of `overlap` or more with an earlier one that was no duplicate itself.
 
-    By datasketch's MinHash LSH; the index holds about 2 KB per used prompt, in the driver.
+    datasketch's MinHash LSH finds at least the share FOUND of those that are just so similar, and more of the others.
+    What it finds is compared by all shingles; of two prompts with more than NUM_SHINGLES together by so many of them,
+    which tells their similarity to 0.013 (one standard deviation). The index holds some 6 KB per prompt that is no
+    duplicate, in the driver.
     """
     from datasketch import MinHash, MinHashLSH
 
-    index = MinHashLSH(threshold=overlap, num_perm=NUM_PERMUTATIONS)
-    used: dict[int, npt.NDArray[np.uint32]] = {}
+    index = MinHashLSH(num_perm=NUM_PERMUTATIONS, params=bands(overlap))
+    blank = MinHash(num_perm=NUM_PERMUTATIONS, seed=1, scheme=SCHEME)
+    used: list[Hashes] = []
     for part in parts:
         lists = whole(part["signature"])
         values = np.asarray(lists.flatten()).reshape(-1, NUM_PERMUTATIONS)
+        shingles = whole(part["shingles"])
+        bounds, hashes = np.asarray(shingles.offsets), np.asarray(shingles.values)
         again = np.zeros(len(values), bool)
         for row, value in enumerate(values):
-            found = MinHash(num_perm=NUM_PERMUTATIONS, seed=1, scheme=SCHEME, hashvalues=value.astype(np.uint64))
-            near = [used[number] for number in index.query(found)]
-            again[row] = any((each == value).mean() >= overlap for each in near)
+            found = blank.copy()
+            found.hashvalues = value
+            own = hashes[bounds[row] : bounds[row + 1]]
+            again[row] = any(jaccard(own, used[number]) >= overlap for number in index.query(found))
             if not again[row]:
                 index.insert(len(used), found, check_duplication=False)
-                used[len(used)] = value
+                used.append(own.copy())
         yield again
+
+
+def bands(overlap: float) -> tuple[int, int]:
+    """Number of bands and rows of each, as long as may be for a share of FOUND at this similarity or more."""
+    for rows in range(NUM_PERMUTATIONS // 2, 1, -1):
+        if 1 - (1 - overlap**rows) ** (NUM_PERMUTATIONS // rows) >= FOUND:
+            return NUM_PERMUTATIONS // rows, rows
+    return NUM_PERMUTATIONS, 1
+
+
+def jaccard(one: Hashes, other: Hashes) -> float:
+    """Similarity of two sets of hashes, each the NUM_SHINGLES smallest of it (k minimum values)."""
+    both = np.intersect1d(one, other, assume_unique=True)
+    together = np.union1d(one, other)[:NUM_SHINGLES]
+    return float(np.searchsorted(both, together[-1], side="right")) / len(together)
 
 
 # --- contamination --------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from actors.contract import ConfigError
 from pipelines.corpus.parquet import Watched, first_line, is_damage
 from pipelines.corpus.shards import Listed
 from pipelines.corpus.storage import Storage
-from pipelines.preferences.filters import exact_duplicates, near_duplicates, prompt_keys, prompt_texts, signatures
+from pipelines.preferences import schema
+from pipelines.preferences.filters import exact_duplicates, near_duplicates, prompt_keys, prompt_texts, shingled
 from pipelines.preferences.ranked import Bools
 from pipelines.preferences.settings import PromptsConfig
 from pipelines.preferences.source import PublishedCorpus
@@ -23,7 +24,8 @@ FOLDER = "prompts"
 
 def index_name(listed: Listed, dedup: str) -> str:
     """Names what is indexed, by the part's checksum, and how."""
-    return f"{listed.path.replace('/', '+').removesuffix('.parquet')}-{listed.tag[:12]}.{dedup}.parquet"
+    part = listed.path.replace("/", "+").removesuffix(".parquet")
+    return f"{part}-{listed.tag[:12]}.{dedup}-{schema.VERSION}.parquet"
 
 
 def missing(output: Storage, listing: list[Listed], dedup: str) -> list[Listed]:
@@ -33,7 +35,7 @@ def missing(output: Storage, listing: list[Listed], dedup: str) -> list[Listed]:
 
 
 def write_index(source: PublishedCorpus, output: Storage, listed: Listed, dedup: str) -> pa.Table:
-    """Index a part: `key` (uint64) of each prompt, and for `near` its `signature`. Returns a row: done (path), rows."""
+    """Index a part: `key` (uint64) of each prompt, for `near` its `shingled`. Returns a row: done (path), rows."""
     num_rows = 0
 
     def write(path: Path) -> None:
@@ -42,7 +44,7 @@ def write_index(source: PublishedCorpus, output: Storage, listed: Listed, dedup:
         for texts in _texts(source, listed):
             columns = {"key": pa.array(prompt_keys(texts))}
             if dedup == "near":
-                columns["signature"] = signatures(texts)
+                columns |= shingled(texts)
             table = pa.table(columns)
             writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd", write_page_checksum=True)
             writer.write_table(table)
@@ -71,11 +73,11 @@ def _texts(source: PublishedCorpus, listed: Listed) -> Iterator[pa.Array]:
 
 def duplicates(output: Storage, listing: list[Listed], prompts: PromptsConfig) -> dict[str, Bools]:
     """Of each part, by its path, which prompts are not the first of the corpus that ask the same."""
-    column = "signature" if prompts.dedup == "near" else "key"
+    columns = ["signature", "shingles"] if prompts.dedup == "near" else ["key"]
 
     def read(listed: Listed) -> pa.Table:
         with output.fs.open(output.path(f"{FOLDER}/{index_name(listed, prompts.dedup)}")) as file:
-            return pq.read_table(file, columns=[column])
+            return pq.read_table(file, columns=columns)
 
     parts = map(read, listing)
     found = near_duplicates(parts, prompts.overlap) if prompts.dedup == "near" else exact_duplicates(parts)

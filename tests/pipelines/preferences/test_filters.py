@@ -15,7 +15,7 @@ from pipelines.preferences.filters import (
     near_duplicates,
     prompt_keys,
     prompt_texts,
-    signatures,
+    shingled,
     split_of,
 )
 from pipelines.preferences.settings import PromptsConfig
@@ -64,14 +64,16 @@ def test_of_equal_prompts_the_first_of_the_corpus_is_kept() -> None:
     ]  # fmt: skip
 
 
+def found_near(parts: list[list[str]], overlap: float) -> list[list[bool]]:
+    return [each.tolist() for each in near_duplicates([pa.table(shingled(pa.array(part))) for part in parts], overlap)]
+
+
 def test_near_duplicates_are_found_and_others_are_not() -> None:
     texts = [
         SENTENCE, f"{SENTENCE}, please", "What is the capital of France?", "what is the capital of FRANCE",
         "What is the capital of Spain?",
     ]  # fmt: skip
-    parts = [pa.table({"signature": signatures(pa.array(each))}) for each in (texts[:3], texts[3:])]
-    found = [each.tolist() for each in near_duplicates(parts, 0.8)]
-    assert found == [[False, True, False], [True, False]]
+    assert found_near([texts[:3], texts[3:]], 0.8) == [[False, True, False], [True, False]]
 
 
 def test_a_prompt_is_contaminated_by_a_run_of_words_whatever_the_format(tmp_path: Path) -> None:
@@ -104,12 +106,40 @@ def test_a_benchmark_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_signatures_of_nothing_are_nothing() -> None:
-    assert len(signatures(pa.array([], pa.string()))) == 0
-    assert np.asarray(signatures(pa.array(["", "a"])).flatten()).shape == (256,)
+    assert len(shingled(pa.array([], pa.string()))["signature"]) == 0
+    assert np.asarray(shingled(pa.array(["", "a"]))["signature"].flatten()).shape == (256,)
+
+
+def texts_that_share(rng: np.random.Generator, low: float, high: float, count: int) -> tuple[str, str]:
+    """Two texts of `count` words whose sets of word triples have a Jaccard similarity of `low` to `high`: words three
+    apart or more are changed, each of which is in three triples."""
+    one, triples = rng.integers(0, 10**6, count), count - 2
+    fitting = [num for num in range(1, count // 3) if low <= (triples - 3 * num) / (triples + 3 * num) <= high]
+    other = one.copy()
+    other[2 + 3 * rng.choice(count // 3 - 1, rng.choice(fitting), replace=False)] += 10**6
+    return " ".join(map(str, one)), " ".join(map(str, other))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "count", "found"),
+    [
+        (0.80, 0.87, 150, range(286, 301)),  # 95 %
+        (0.72, 0.799, 150, range(1)),
+        (0.82, 0.87, 1500, range(29, 31)),  # of so many words only a part is kept
+        (0.60, 0.75, 1500, range(1)),
+    ],
+)
+def test_nearly_all_prompts_above_the_overlap_are_found_and_none_below(
+    low: float, high: float, count: int, found: range
+) -> None:
+    rng = np.random.default_rng(3)
+    texts = [texts_that_share(rng, low, high, count) for _ in range(300 if count < 1000 else 30)]
+    ((*again,),) = found_near([[text for pair in texts for text in pair]], 0.8)
+    assert not any(again[::2])
+    assert sum(again[1::2]) in found
 
 
 def test_prompts_in_scripts_with_vowel_signs_or_without_spaces_are_told_apart() -> None:
     texts = ["user: राम की किताब", "user: राम का किताब", "user: 天空为什么是蓝色的？", "user: 大海为什么是蓝色的？"]
-    assert [each.tolist() for each in near_duplicates([pa.table({"signature": signatures(pa.array(texts))})], 0.8)] == [
-        [False] * 4
-    ]
+    assert found_near([texts], 0.8) == [[False] * 4]
+    assert found_near([[texts[2], "user: 天空为什么是蓝色的呢？"]], 0.7) == [[False, True]]
