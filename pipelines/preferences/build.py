@@ -91,7 +91,7 @@ class Builder:
                 raise ConfigError(
                     "prompts.decontaminate: the files differ from node to node; put them on shared storage"
                 )
-            causes[benchmarks.touched(texts)] = "contaminated"
+            causes[benchmarks.touched(rows["prompt"])] = "contaminated"
         causes[duplicates] = "duplicate_prompt"
         used = np.flatnonzero(causes == "")
         ranked = rank(rows.take(pa.array(used)), partition_of(span.shard.listed.path), build, keep)

@@ -25,6 +25,7 @@ NUM_PERMUTATIONS = 128
 SHINGLE_WORDS = 3
 NUM_SHINGLES = 1024
 FOUND = 0.95
+ROW_WORDS, MESSAGE_WORDS = 8, 4
 SCHEME = "affine32"  # of datasketch's permutations: fixed, as signatures are kept
 
 Keys = npt.NDArray[np.uint64]
@@ -152,27 +153,36 @@ def jaccard(one: Hashes, other: Hashes) -> float:
 class Benchmarks:
     """The texts that prompts must not share `ngram` words in a row with, as GPT-3 was checked (arXiv:2005.14165, C).
 
-    A benchmark text of fewer words counts where a prompt has all of them in a row. Words are compared in lower case,
-    without punctuation. Belongs to the process that read it: another's hashes differ.
+    What counts is in one message, whoever speaks, in lower case and without punctuation. A text of fewer words, but
+    ROW_WORDS or more, counts where a message has all of them in a row; a shorter one, of MESSAGE_WORDS or more, where a
+    message is nothing else; one that is shorter still tells nothing: as "Yes" or "2", the choices of many benchmarks.
+    Belongs to the process that read it: another's hashes differ.
 
     Attributes:
         grams: by their number of words, hashes of the word sequences to look for.
+        messages: hashes of the word sequences that no message must be.
         digest: of the files' bytes; part of the fingerprint.
     """
 
     grams: dict[int, frozenset[int]]
+    messages: frozenset[int]
     digest: str
 
     def touch(self, text: str) -> bool:
-        """Whether a prompt's text holds one of the sequences."""
+        """Whether a message is one of the sequences, or holds one."""
         found = words(text.lower())
-        return any(
+        return hash(tuple(found)) in self.messages or any(
             length <= len(found) and not wanted.isdisjoint(map(hash, grams(found, length)))
             for length, wanted in self.grams.items()
         )
 
-    def touched(self, texts: pa.Array) -> Bools:
-        return np.array([self.touch(text) for text in texts.to_pylist()], bool)
+    def touched(self, prompts: pa.Array | pa.ChunkedArray) -> Bools:
+        """Which chats have a message that is one of the sequences, or holds one."""
+        lists = whole(prompts)
+        row = np.repeat(np.arange(len(lists)), np.asarray(lists.value_lengths(), np.int64))
+        found = np.zeros(len(lists), bool)
+        found[row[[self.touch(text) for text in lists.flatten().field("content").to_pylist()]]] = True
+        return found
 
 
 def benchmarks_of(prompts: PromptsConfig, options: dict[str, Any]) -> Benchmarks | None:
@@ -184,11 +194,13 @@ def benchmarks_of(prompts: PromptsConfig, options: dict[str, Any]) -> Benchmarks
 
 @functools.lru_cache(1)
 def _read_benchmarks(paths: tuple[str, ...], ngram: int, options: str) -> Benchmarks:
-    """Read benchmark files: every text in a Parquet or JSON (lines) file, at any depth; every line of another.
+    """Read benchmark files: every text in a Parquet or JSON (lines) file, at any depth, but roles of messages; every
+    line of another.
 
     Raises ConfigError for a file that cannot be read.
     """
     found: dict[int, set[int]] = {}
+    messages: set[int] = set()
     digest = hashlib.sha256()
     for path in paths:
         try:
@@ -196,12 +208,16 @@ def _read_benchmarks(paths: tuple[str, ...], ngram: int, options: str) -> Benchm
             data = fs.cat_file(name)
             digest.update(hashlib.sha256(data).digest())
             for text in _texts(path, data):
-                for gram in grams(words(text.lower()), ngram):
-                    found.setdefault(len(gram), set()).add(hash(gram))
+                wanted = words(text.lower())
+                if len(wanted) >= min(ngram, ROW_WORDS):
+                    length = min(ngram, len(wanted))
+                    found.setdefault(length, set()).update(map(hash, grams(wanted, length)))
+                elif len(wanted) >= MESSAGE_WORDS:
+                    messages.add(hash(tuple(wanted)))
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"prompts.decontaminate: cannot read {path}: {error}") from None
-    found.pop(0, None)
-    return Benchmarks({length: frozenset(each) for length, each in found.items()}, digest.hexdigest()[:16])
+    wanted_grams = {length: frozenset(each) for length, each in found.items()}
+    return Benchmarks(wanted_grams, frozenset(messages), digest.hexdigest()[:16])
 
 
 def _texts(path: str, data: bytes) -> Iterator[str]:
@@ -219,7 +235,7 @@ def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        yield from _strings(list(value.values()))
+        yield from _strings([item for key, item in value.items() if key != "role"])
     elif isinstance(value, list):
         for item in value:
             yield from _strings(item)

@@ -159,10 +159,15 @@ class PromptsConfig:
     )
     decontaminate: list[str] = option(
         [],
-        "benchmark files (.parquet, .jsonl, .json, .txt) that every node can read: prompts that share `ngram` words in "
-        "a row with a text in them are dropped",
+        "benchmark files (.parquet, .jsonl, .json, .txt) that every node can read: prompts are dropped of which a "
+        "message shares `ngram` words in a row with a text in them; of shorter texts all words from 8 on; those of 4 "
+        "to 7 words where a message is nothing else; still shorter ones tell nothing",
     )
-    ngram: int = option(13, "words in a row that count as contamination", changes_rows=True)
+    ngram: int = option(
+        13,
+        "words in a row that count as contamination (characters, in scripts without spaces between words)",
+        changes_rows=True,
+    )
     test_fraction: float = option(0.0, "share of prompts in split `test`, by a hash of their text", changes_rows=True)
     validation_fraction: float = option(0.0, "share of prompts in split `validation`, likewise", changes_rows=True)
 

@@ -78,26 +78,48 @@ def test_near_duplicates_are_found_and_others_are_not() -> None:
 
 def test_a_prompt_is_contaminated_by_a_run_of_words_whatever_the_format(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": [1], "q": [[{"text": SENTENCE}]]}), tmp_path / "a.parquet")
-    (tmp_path / "b.jsonl").write_text(json.dumps({"q": ["How many apples are left?"]}) + "\n\n")
-    (tmp_path / "c.txt").write_text("Name three rivers\n")
-    paths = [str(tmp_path / name) for name in ("a.parquet", "b.jsonl", "c.txt")]
-    config = PromptsConfig(decontaminate=paths, ngram=8)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"q": ["How many of those nine apples are left?"]}) + "\n\n")
+    (tmp_path / "c.txt").write_text("Name three long rivers\n")
+    (tmp_path / "d.json").write_text(json.dumps({"choices": ["0", "1", "2", "Yes", "None of these"]}))
+    paths = [str(tmp_path / name) for name in ("a.parquet", "b.jsonl", "c.txt", "d.json")]
+    config = PromptsConfig(decontaminate=paths, ngram=10)
     found = benchmarks_of(config, {})
     assert found is not None
-    asked = {
+    asked: dict[str | tuple[tuple[str, str], ...], bool] = {
         f"Well: {SENTENCE.upper()}!": True,
-        "Explain in a few plain words how a heat": True,
-        "Explain in a few plain words how fridges work": False,
-        "How many apples are left, and how many pears?": True,
-        "How many apples are eaten?": False,
-        "Please name three rivers.": True,
-        "Rivers three name": False,
+        "Explain in a few plain words how a heat pump": True,
+        "Explain in a few plain words how a heat engine": False,
+        "How many of those nine apples are left, and how many pears?": True,
+        "How many of those nine apples are eaten?": False,
+        "Name three long rivers!": True,
+        "Please name three long rivers.": False,
+        "Is 2 a prime? Yes or no? None of these?": False,
+        "Yes": False,
+        (("user", "Hello!"), ("assistant", "Hello."), ("user", "name three long rivers")): True,
+        (("user", "Name three"), ("assistant", "long rivers"), ("user", "Do")): False,
     }
-    assert found.touched(pa.array(list(asked))).tolist() == list(asked.values())
+    assert found.touched(chats(*map(list_of, asked))).tolist() == list(asked.values())
+    assert found.touched(chats("no", *map(list_of, asked)).slice(1)).tolist() == list(asked.values())
     assert benchmarks_of(config, {}) is found, "read once"
-    other = benchmarks_of(PromptsConfig(decontaminate=paths[:2], ngram=8), {})
+    other = benchmarks_of(PromptsConfig(decontaminate=paths[:2], ngram=10), {})
     assert other is not None and other.digest != found.digest
     assert benchmarks_of(PromptsConfig(), {}) is None
+
+
+def list_of(prompt: str | tuple[tuple[str, str], ...]) -> str | list[tuple[str, str]]:
+    return prompt if isinstance(prompt, str) else list(prompt)
+
+
+def test_a_benchmark_of_chats_is_its_messages_and_not_who_speaks(tmp_path: Path) -> None:
+    chat = {
+        "messages": [{"role": "user", "content": "What is four times six?"}, {"role": "assistant", "content": "24"}]
+    }
+    (tmp_path / "chats.jsonl").write_text(json.dumps(chat) + "\n")
+    for ngram, touched in ((13, [True, False, False]), (1, [True, True, False])):
+        found = benchmarks_of(PromptsConfig(decontaminate=[str(tmp_path / "chats.jsonl")], ngram=ngram), {})
+        assert found is not None
+        asked = chats("What is four times six?", "What now?", "Be a helpful user and assistant.")
+        assert found.touched(asked).tolist() == touched
 
 
 def test_a_benchmark_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
