@@ -1,11 +1,12 @@
 """The checked facts of a dataset: counted per unit, summed over the units, refused where a row is not what it must be.
 
-What a unit counts are sums, so that a dataset's facts do not depend on the order or the number of workers.
+What a unit counts are sums and moments, so that a dataset's facts do not depend on the order or the number of workers,
+nor on how its rows were cut into units. Only the draws of the bootstrap interval go by the units' names.
 """
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,11 @@ import pyarrow.compute as pc
 from pipelines.preferences import schema
 from pipelines.preferences.arrow import whole
 from pipelines.preferences.picks import Candidates, Made, normal
+from pipelines.preferences.ranked import Bools
 
 NUM_RESAMPLES = 200
+COUNTED_IN = ("tokens", "characters")
+MOMENTS = {"n", "x", "y", "xx", "yy", "xy"}
 BETTER = {  # (better text, worse text) of each strategy; the rewards are <name>_reward
     "pairs": [("chosen", "rejected")],
     "curriculum": [("chosen", "rejected")],
@@ -72,28 +76,38 @@ def facts(strategy: str, rows: pa.Table, found: Candidates, made: Made, unit: st
     if found.has_rewards:
         broken["non_finite_reward"] += int((~np.isfinite(found.reward)).sum())
     told: dict[str, Any] = {"broken": broken, "length": _length(found), "aligned": _aligned(found, unit, seed)}
-    if made.chosen_tokens is not None and made.rejected_tokens is not None:
-        more = made.chosen_tokens - made.rejected_tokens
-        told["pairs"] = {"num": len(more), "chosen_longer": int((more > 0).sum()), "tokens_more": int(more.sum())}
+    if made.chosen_length is not None and made.rejected_length is not None:
+        more = made.chosen_length - made.rejected_length
+        told["pairs"] = {"num": len(more), "chosen_longer": int((more > 0).sum())}
+        for name, those in _by_count(found.in_tokens[found.first[made.row]]):
+            told["pairs"][name] = {"num": int(those.sum()), "more": int(more[those].sum())}
         if "chosen_kind" in rows.column_names:
             lost = pc.and_(pc.equal(rows["chosen_kind"], "response"), pc.equal(rows["rejected_kind"], "aligned"))
             told["pairs"]["aligned_lost"] = int(pc.sum(lost).as_py() or 0)
     return told
 
 
-def _length(found: Candidates) -> dict[str, float]:
-    """Moments of length and reward over all candidates."""
+def _by_count(in_tokens: Bools) -> Iterator[tuple[str, Bools]]:
+    """What lengths are in, and where they are, for each of COUNTED_IN that there is."""
+    for name, those in zip(COUNTED_IN, (in_tokens, ~in_tokens), strict=True):
+        if those.any():
+            yield name, those
+
+
+def _length(found: Candidates) -> dict[str, dict[str, float]]:
+    """Moments of length (x) and reward (y) over all candidates, apart for tokens and characters: their number, means,
+    and sums of squares and products about the means."""
     if not found.has_rewards or not np.isfinite(found.reward).all():
         return {}
-    x, y = found.length.astype(np.float64), found.reward
-    return {
-        "n": len(x),
-        "x": float(x.sum()),
-        "y": float(y.sum()),
-        "xx": float(x @ x),
-        "yy": float(y @ y),
-        "xy": float(x @ y),
-    }
+    told = {}
+    for name, those in _by_count(found.in_tokens):
+        x, y = found.length[those].astype(np.float64), found.reward[those]
+        dx, dy = x - x.mean(), y - y.mean()
+        told[name] = {
+            "n": len(x), "x": float(x.mean()), "y": float(y.mean()), "xx": float(dx @ dx), "yy": float(dy @ dy),
+            "xy": float(dx @ dy),
+        }  # fmt: skip
+    return told
 
 
 def _aligned(found: Candidates, unit: str, seed: int) -> dict[str, Any]:
@@ -137,14 +151,28 @@ def _poisson(entropy: bytes, num: int) -> npt.NDArray[np.float32]:
 
 
 def summed(found: Iterable[Any]) -> Any:
-    """Sums of dicts, lists and numbers of one shape; a dict may lack keys that others have."""
+    """Sums of dicts, lists and numbers of one shape, and the moments of all; a dict may lack keys that others have."""
     items = list(found)
     if all(isinstance(item, dict) for item in items):
+        if items and all(item.keys() == MOMENTS for item in items):
+            return _merged(items)
         keys = dict.fromkeys(key for item in items for key in item)
         return {key: summed(item[key] for item in items if key in item) for key in keys}
     if all(isinstance(item, list) for item in items):
         return [summed(each) for each in zip(*items, strict=True)]
     return math.fsum(items) if any(isinstance(item, float) for item in items) else sum(items)
+
+
+def _merged(items: list[dict[str, float]]) -> dict[str, float]:
+    """Moments of all that the items are the moments of (Chan et al., 1983): never a difference of large sums."""
+    n = sum(item["n"] for item in items)
+    mean = {name: math.fsum(item["n"] * item[name] for item in items) / n for name in ("x", "y")}
+
+    def about(one: str, other: str) -> float:
+        far = (item["n"] * (item[one] - mean[one]) * (item[other] - mean[other]) for item in items)
+        return math.fsum([*far, *(item[one + other] for item in items)])
+
+    return {"n": n, **mean, "xx": about("x", "x"), "yy": about("y", "y"), "xy": about("x", "y")}
 
 
 def report(sums: dict[str, Any]) -> dict[str, Any]:
@@ -153,17 +181,16 @@ def report(sums: dict[str, Any]) -> dict[str, Any]:
     if pairs := sums.get("pairs", {}):
         told["num_pairs"] = pairs["num"]
         if pairs["num"]:
-            told["mean_chosen_minus_rejected_tokens"] = pairs["tokens_more"] / pairs["num"]
+            for name in COUNTED_IN:
+                if name in pairs:
+                    told[f"mean_chosen_minus_rejected_{name}"] = pairs[name]["more"] / pairs[name]["num"]
             told["share_chosen_longer"] = pairs["chosen_longer"] / pairs["num"]
             if "aligned_lost" in pairs:
                 told["share_of_pairs_won_by_response"] = pairs["aligned_lost"] / pairs["num"]
-    if length := sums.get("length", {}):
-        n, x, y = length["n"], length["x"], length["y"]
-        cov = length["xy"] - x * y / max(n, 1)
-        var_x, var_y = length["xx"] - x * x / max(n, 1), length["yy"] - y * y / max(n, 1)
-        if var_x > 0 and var_y > 0:
-            told["reward_length_correlation"] = cov / math.sqrt(var_x * var_y)
-            told["reward_length_slope"] = cov / var_x
+    for name, found in sums.get("length", {}).items():
+        if _vary(found, "x") and _vary(found, "y"):
+            told[f"correlation_of_reward_with_{name}"] = found["xy"] / math.sqrt(found["xx"] * found["yy"])
+            told[f"reward_slope_by_{name}"] = found["xy"] / found["xx"]
     if aligned := sums.get("aligned", {}):
         num = aligned["num_prompts"]
         gains = np.array(aligned["resampled_gains"]) / np.maximum(aligned["resampled_prompts"], 1)
@@ -177,6 +204,11 @@ def report(sums: dict[str, Any]) -> dict[str, Any]:
             "share_aligned_tied": aligned["num_tied"] / aligned["num"],
         }
     return told
+
+
+def _vary(moments: dict[str, float], name: str) -> bool:
+    """Whether values are not all the same, but for what rounding makes of it."""
+    return moments[name * 2] > moments["n"] * (1e-12 * moments[name]) ** 2
 
 
 def refusal(sums: dict[str, Any]) -> str | None:

@@ -22,14 +22,14 @@ class Made(NamedTuple):
         columns: its own columns by name; prompt, split and the like are added to every strategy's alike.
         row: int64[k], ascending: the row of `ranked` that each of the k rows comes from.
         causes: of each row of `ranked`: why nothing comes from it; "" where something does. Object array of str.
-        chosen_tokens, rejected_tokens: int64[k], how long the two sides are; None where a row has no two sides.
+        chosen_length, rejected_length: int64[k], as `Candidates.length`; None where a row has no two sides.
     """
 
     columns: dict[str, pa.Array]
     row: Ints
     causes: npt.NDArray[np.object_]
-    chosen_tokens: Ints | None = None
-    rejected_tokens: Ints | None = None
+    chosen_length: Ints | None = None
+    rejected_length: Ints | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Candidates:
         first: int64[n + 1], where each row begins.
         row: int64[m].
         reward: float64[m]; NaN where there is none.
-        length: int64[m], tokens; characters in rows where they were not counted (see `lengths`).
+        length: int64[m], in tokens or, where they were not counted, in characters: in one unit within a row.
         prompt_ids: string array of n.
     """
 
@@ -59,6 +59,11 @@ class Candidates:
     @property
     def is_aligned(self) -> Bools:
         return np.asarray(pc.equal(self.values.field("kind"), "aligned"))
+
+    @property
+    def in_tokens(self) -> Bools:
+        """Whose length is in tokens, not in characters."""
+        return np.asarray(self.values.field("num_tokens").is_valid())
 
     @property
     def has_rewards(self) -> bool:
@@ -85,7 +90,7 @@ def candidates(ranked: pa.Table, *, distinct: bool = False) -> Candidates:
         first=np.searchsorted(row, np.arange(len(counts) + 1)),
         row=row,
         reward=np.asarray(values.field("reward").to_numpy(zero_copy_only=False), np.float64),
-        length=lengths(values.field("num_tokens"), values.field("text"), row),
+        length=lengths(values.field("num_tokens"), values.field("text")),
         prompt_ids=whole(ranked["prompt_id"]),
     )
 

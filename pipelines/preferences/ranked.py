@@ -53,8 +53,12 @@ def rank(rows: pa.Table, partition: int, build: BuildConfig, keep_columns: list[
     row = np.concatenate([np.repeat(np.arange(len(counts)), counts)] * 2)
     number = np.concatenate([_places(counts)] * 2)
     is_aligned = np.arange(len(row)) >= len(row) // 2
-    key = found.reward if build.weights else is_aligned.astype(np.float64)
     reason = _reasons(found, is_aligned, build)
+    num_tokens = _counted_alike(found.num_tokens, row, reason == 0)
+    reward = found.reward
+    if build.length_slope:
+        reward = reward - build.length_slope * lengths(num_tokens, found.text)
+    key = reward if build.weights else is_aligned.astype(np.float64)
     order = np.lexsort((is_aligned, number, -key, row))
     order = order[reason[order] == 0]
     if build.single_policy:
@@ -69,8 +73,8 @@ def rank(rows: pa.Table, partition: int, build: BuildConfig, keep_columns: list[
             found.model.take(taken),
             found.policy.take(taken),
             found.finish_reason.take(taken),
-            found.num_tokens.take(taken),
-            pa.array(found.reward[order]) if build.weights else pa.nulls(len(order), pa.float64()),
+            num_tokens.take(taken),
+            pa.array(reward[order]) if build.weights else pa.nulls(len(order), pa.float64()),
             pa.array(ranks(key[order], row[order], first)),
         ],
         fields=list(schema.CANDIDATE),
@@ -112,28 +116,33 @@ def _candidates(rows: pa.Table, build: BuildConfig) -> tuple[Ints, _Found]:
     def both(name: str) -> pa.Array:
         return pa.concat_arrays([responses.field(name), aligned.field(name)])
 
-    num_tokens, text, policy = both("num_tokens"), both("text"), responses.field("model")
-    reward, is_scored = np.zeros(len(text)), np.ones(len(text), bool)
+    policy = responses.field("model")
+    reward, is_scored = np.zeros(2 * len(policy)), np.ones(2 * len(policy), bool)
     for name, weight in build.weights.items():
         sides = [_reward(rows, counts, name, side) for side in KINDS]
         reward = reward + weight * np.concatenate([values for values, _ in sides])
         is_scored &= np.concatenate([known for _, known in sides])
-    if build.length_slope:
-        row = np.concatenate([np.repeat(np.arange(len(counts)), counts)] * 2)
-        counted = pc.if_else(pc.equal(both("status"), "ok"), num_tokens, pa.scalar(0, pa.int32()))
-        reward = reward - build.length_slope * lengths(counted, text, row)
     policies = pa.concat_arrays([policy, policy])
     return counts, _Found(
-        text, both("model"), policies, both("status"), both("finish_reason"), num_tokens, reward, is_scored
-    )
+        both("text"), both("model"), policies, both("status"), both("finish_reason"), both("num_tokens"), reward,
+        is_scored,
+    )  # fmt: skip
 
 
-def lengths(num_tokens: pa.Array, text: pa.Array, row: Ints) -> Ints:
-    """Tokens of each text; characters of all texts of a row of which one's were not counted, as those of stored texts
-    are not: what is compared is counted alike."""
-    tokens = np.asarray(pc.fill_null(num_tokens, 0), np.int64)
-    by_characters = np.isin(row, row[np.asarray(num_tokens.is_null())])
-    return np.where(by_characters, np.asarray(pc.utf8_length(text), np.int64), tokens)
+def _counted_alike(num_tokens: pa.Array, row: Ints, is_used: Bools) -> pa.Array:
+    """The numbers of tokens; null for all texts of a row of which a used one's were not counted, as those of stored
+    texts are not: texts that are compared are all counted in tokens, or all in characters."""
+    if not num_tokens.null_count:
+        return num_tokens
+    uncounted = np.isin(row, row[np.asarray(num_tokens.is_null()) & is_used])
+    return pc.if_else(pa.array(uncounted), pa.scalar(None, num_tokens.type), num_tokens)
+
+
+def lengths(num_tokens: pa.Array, text: pa.Array) -> Ints:
+    """Tokens of each text, or its characters where they were not counted."""
+    if num_tokens.null_count:
+        num_tokens = pc.coalesce(num_tokens, pc.utf8_length(text))
+    return np.asarray(num_tokens, np.int64)
 
 
 def _reward(rows: pa.Table, counts: Ints, name: str, side: str) -> tuple[Floats, Bools]:

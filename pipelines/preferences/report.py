@@ -50,15 +50,19 @@ def _listed(counts: dict[str, int], before: str = "") -> str:
 
 def _facts(told: dict[str, Any]) -> list[str]:
     lines = []
-    if "mean_chosen_minus_rejected_tokens" in told:
+    means = {name: told.get(f"mean_chosen_minus_rejected_{name}") for name in checks.COUNTED_IN}
+    longer = [f"{mean:+.1f} {name}" for name, mean in means.items() if mean is not None]
+    if longer:
+        mean = " (where texts are stored, ".join(longer) + ")" * (len(longer) - 1)
         lines.append(
-            f"length: chosen is {told['mean_chosen_minus_rejected_tokens']:+.1f} tokens longer on average, longer in "
-            f"{told['share_chosen_longer']:.1%} of pairs"
+            f"length: chosen is {mean} longer on average, longer in {told['share_chosen_longer']:.1%} of pairs"
         )
-    if "reward_length_correlation" in told:
+    slopes = [name for name in checks.COUNTED_IN if f"reward_slope_by_{name}" in told]
+    advice = "build.length_slope takes it out" if len(slopes) == 1 else "no one build.length_slope is right for both"
+    for name in slopes:
         lines.append(
-            f"length: correlation with the reward {told['reward_length_correlation']:+.3f}, slope "
-            f"{told['reward_length_slope']:.4g} per token (build.length_slope takes it out)"
+            f"length: correlation of {name} with the reward {told[f'correlation_of_reward_with_{name}']:+.3f}, slope "
+            f"{told[f'reward_slope_by_{name}']:.4g} per {name[:-1]} ({advice})"
         )
     if "reward_before" in told:
         low, high = told["reward_gain_95"]

@@ -15,7 +15,7 @@ CANDIDATE = pa.struct(
         pa.field("model", pa.string(), False),  # that made the text: a policy, or the aligner
         pa.field("policy", pa.string(), False),  # that made the response: itself, or what was aligned
         pa.field("finish_reason", pa.string()),  # null where the text was stored
-        pa.field("num_tokens", pa.int32()),  # null where the text was stored
+        pa.field("num_tokens", pa.int32()),  # null where one of the prompt's texts was stored: then characters count
         pa.field("reward", pa.float64()),  # the chosen reward or weighted sum, less its length's part; null without one
         pa.field("rank", pa.int32(), False),  # 1 = best; equal rewards share a rank ("1224")
     ]

@@ -81,8 +81,9 @@ class BuildConfig:
     )
     length_slope: float = option(
         0.0,
-        "reward taken away per token (character where one is stored): with the slope that the report tells, what is "
-        "left is the reward that length does not explain",
+        "reward taken away per token, or per character where texts of a prompt are stored, which have no count: with "
+        "the slope that the report tells for that unit, what is left is the reward that length does not explain. For a "
+        "dataset with prompts of both no one slope is right",
         changes_rows=True,
     )
     threshold: float | None = option(

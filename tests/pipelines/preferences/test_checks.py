@@ -10,6 +10,7 @@ import pytest
 from pipelines.preferences import checks, schema
 from pipelines.preferences.picks import candidates
 from pipelines.preferences.ranked import rank
+from pipelines.preferences.report import _facts
 from pipelines.preferences.settings import BuildConfig
 from pipelines.preferences.strategies import STRATEGIES
 from tests.pipelines.preferences.fabricate import Row, candidate, row, table
@@ -19,6 +20,7 @@ WELL: dict[str, dict[str, Any]] = {
     "pairs": {"chosen": "a", "rejected": "b", "chosen_reward": 2.0, "rejected_reward": 1.0, "margin": 1.0},
     "unpaired": {"completion": "a", "label": True, "reward": 1.0},
     "ranked": {"completions": ["a", "b"], "rewards": [2.0, 1.0]},
+    "curriculum": {"chosen": "a", "rejected": "b", "chosen_reward": 2.0, "rejected_reward": 1.0, "phase": 1},
     "triple": {
         "best": "a", "chosen": "b", "rejected": "c", "best_reward": 3.0, "chosen_reward": 2.0, "rejected_reward": 1.0
     },
@@ -57,6 +59,8 @@ def test_well_rows_break_nothing(strategy: str) -> None:
         ("steps", {"chosen": "b"}, "equal_pair"),
         ("steps", {"full_rejected": "a"}, "equal_pair"),
         ("refinement", {"improved_reward": 0.0}, "wrong_order"),
+        ("curriculum", {"rejected": "a "}, "equal_pair"),
+        ("curriculum", {"rejected_reward": 2.5}, "wrong_order"),
         ("trajectory", {"rewards": [2.0, 1.0]}, "wrong_order"),
         ("trajectory", {"states": ["", "a"]}, "empty_side"),
     ],
@@ -101,8 +105,8 @@ def test_the_report_says_what_a_plain_computation_says() -> None:
     )
     words = np.concatenate([[number % 7 + 1 for number in range(60)], [number % 7 + 2 for number in range(60)]])
     rewards = np.concatenate([before, after])
-    assert told["reward_length_correlation"] == pytest.approx(np.corrcoef(words, rewards)[0, 1])
-    assert told["reward_length_slope"] == pytest.approx(np.polyfit(words, rewards, 1)[0])
+    assert told["correlation_of_reward_with_tokens"] == pytest.approx(np.corrcoef(words, rewards)[0, 1])
+    assert told["reward_slope_by_tokens"] == pytest.approx(np.polyfit(words, rewards, 1)[0])
     assert told["num_pairs"] == (after > before).sum()
     assert told["mean_chosen_minus_rejected_tokens"] == 1
     assert told["share_chosen_longer"] == 1
@@ -117,6 +121,46 @@ def test_units_add_up_to_the_whole() -> None:
         name: pytest.approx(whole[name]) for name in whole.keys() - resampled
     }
     assert parts["reward_gain_95"] == pytest.approx(whole["reward_gain_95"], abs=0.2)
+
+
+def test_an_offset_of_all_rewards_changes_no_correlation() -> None:
+    some = rows()
+    far = [{**each, "rewards": [shifted(score, 1e7) for score in each["rewards"]]} for each in some]
+    parts = [checks.report(checks.summed([facts(each[:20]), facts(each[20:])])) for each in (some, far)]
+    for name in ("correlation_of_reward_with_tokens", "reward_slope_by_tokens"):
+        assert parts[1][name] == pytest.approx(parts[0][name], rel=1e-6)
+    same = [row(f"p{number}", ["a " * number], ["b"], q=([0.1], [0.1])) for number in range(1, 9)]
+    assert not [name for name in checks.report(checks.summed([facts(same)])) if "slope" in name]
+
+
+def shifted(score: dict[str, Any], by: float) -> dict[str, Any]:
+    return {**score, **{side: [each + by for each in score[side]] for side in ("response", "aligned")}}
+
+
+def test_tokens_and_characters_are_told_apart() -> None:
+    """Four prompts whose texts all have a count, and two where one text is stored."""
+    stored = {"num_tokens": None, "finish_reason": None}
+    some = [
+        *(row(f"p{at}", [candidate("a", num_tokens=at)], [candidate("b", num_tokens=at + 3)], q=([at], [at + 3]))
+          for at in range(1, 5)),
+        row("s", [candidate("four", **stored)], [candidate("sixsix", num_tokens=1)], q=([8], [16])),
+        row("t", [candidate("no", num_tokens=1)], [candidate("sixsix", **stored)], q=([0], [16])),
+    ]  # fmt: skip
+    told = checks.report(checks.summed([facts(some[:2]), facts(some[2:])]))
+    assert told["mean_chosen_minus_rejected_tokens"] == 3
+    assert told["mean_chosen_minus_rejected_characters"] == 3
+    assert told["reward_slope_by_tokens"] == pytest.approx(1)
+    assert told["reward_slope_by_characters"] == pytest.approx(4)
+    assert (
+        told["correlation_of_reward_with_tokens"] == told["correlation_of_reward_with_characters"] == pytest.approx(1)
+    )
+    lines = "\n".join(_facts(told))
+    assert "chosen is +3.0 tokens (where texts are stored, +3.0 characters) longer" in lines
+    assert "slope 1 per token (no one build.length_slope is right for both)" in lines
+    assert "slope 4 per character" in lines
+    alone = "\n".join(_facts(checks.report(checks.summed([facts(some[4:])]))))
+    assert "chosen is +3.0 characters longer" in alone
+    assert "slope 4 per character (build.length_slope takes it out)" in alone
 
 
 def test_the_interval_goes_by_the_seed() -> None:

@@ -96,6 +96,21 @@ def test_what_length_explains_is_taken_out_of_the_reward() -> None:
     ]  # fmt: skip
 
 
+def test_a_prompts_lengths_are_in_one_unit_which_its_usable_texts_decide() -> None:
+    stored = candidate("ten chars.", num_tokens=None)
+    asked = [
+        row("p", [candidate("two words"), stored], ["four", "x"], q=([2, 3], [1, 0])),
+        row("q", [candidate("two words"), {**stored, "status": "failed"}], ["four", "x"], q=([2, None], [1, 0])),
+        row("r", [candidate("two words"), {**stored, "model": "other"}], ["four", "x"], q=([2, 3], [1, 0])),
+    ]
+    found = ranked(*asked, length_slope=0.25, exclude_models=["other"]).table["candidates"].to_pylist()
+    assert [[(each["text"], each["num_tokens"], each["reward"]) for each in one] for one in found] == [
+        [("ten chars.", None, 0.5), ("four", None, 0.0), ("two words", None, -0.25), ("x", None, -0.25)],
+        [("two words", 2, 1.5), ("four", 1, 0.75), ("x", 1, -0.25)],
+        [("two words", 2, 1.5), ("four", 1, 0.75)],
+    ]
+
+
 def test_policies_are_those_of_the_responses_also_for_what_is_aligned() -> None:
     one, other = candidate("a", model="one"), candidate("b", model="other")
     asked = row("p", [one, other], ["c", "d"], q=([1, 2], [3, 4]))
