@@ -107,7 +107,7 @@ class Builder:
         facts = {
             "num_quarantined": dropped.total(), "causes": dict(dropped), "made": made_by_split,
             "unused": dict(ranked.unused), "num_candidates": len(found.values), "models": models(dataset),
-            "checks": checks.facts(build.strategy, dataset, found, made, unit.name, build.seed),
+            "checks": checks.facts(build.strategy, dataset, found, made, build.seed),
         }  # fmt: skip
         return _unit_table(rows, span, unit, split, causes, lists), facts
 

@@ -38,7 +38,7 @@ def print_summary(output: Storage, published: Published) -> None:
             f"{_listed(manifest['made'])}"
         )
         print(f"candidates: {manifest['num_candidates']} used{_listed(manifest['unused'], 'not used: ')}")
-    for line in _facts(checks.report(checks.summed(manifest["checks"] for manifest in new))):
+    for line in facts(checks.report(checks.summed(manifest["checks"] for manifest in new))):
         print(line)
     print(f"dataset: {where}")
 
@@ -48,7 +48,7 @@ def _listed(counts: dict[str, int], before: str = "") -> str:
     return f" ({before}{told})" if told else ""
 
 
-def _facts(told: dict[str, Any]) -> list[str]:
+def facts(told: dict[str, Any]) -> list[str]:
     lines = []
     means = {name: told.get(f"mean_chosen_minus_rejected_{name}") for name in checks.COUNTED_IN}
     longer = [f"{mean:+.1f} {name}" for name, mean in means.items() if mean is not None]

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 
 from pipelines.preferences import checks, schema
-from pipelines.preferences.picks import candidates
+from pipelines.preferences.picks import Candidates, candidates
 from pipelines.preferences.ranked import rank
-from pipelines.preferences.report import _facts
+from pipelines.preferences.report import facts as lines_of
 from pipelines.preferences.settings import BuildConfig
 from pipelines.preferences.strategies import STRATEGIES
 from tests.pipelines.preferences.fabricate import Row, candidate, row, table
@@ -69,13 +69,13 @@ def test_a_row_that_breaks_a_rule_is_counted_under_it(strategy: str, changes: di
     assert broken(strategy, **changes) == {**NOTHING, rule: 1}
 
 
-def facts(rows: list[Row], unit: str = "unit", **options: Any) -> dict[str, Any]:
+def facts(rows: list[Row], **options: Any) -> dict[str, Any]:
     build = BuildConfig(**{"reward": "q", **options})
     ranked = rank(table(rows), 1, build, []).table
     made = STRATEGIES[build.strategy](ranked, build)
     common = {"prompt_id": ranked["prompt_id"].take(pa.array(made.row))}
     dataset = pa.table({**common, **made.columns})
-    return checks.facts(build.strategy, dataset, candidates(ranked), made, unit, build.seed)
+    return checks.facts(build.strategy, dataset, candidates(ranked), made, build.seed)
 
 
 def rows(count: int = 60) -> list[Row]:
@@ -114,13 +114,9 @@ def test_the_report_says_what_a_plain_computation_says() -> None:
 
 def test_units_add_up_to_the_whole() -> None:
     some = rows()
-    whole = checks.report(checks.summed([facts(some, "a")]))
-    parts = checks.report(checks.summed([facts(some[:17], "b"), facts(some[17:], "c")]))
-    resampled = {"reward_gain_95"}
-    assert {name: parts[name] for name in parts.keys() - resampled} == {
-        name: pytest.approx(whole[name]) for name in whole.keys() - resampled
-    }
-    assert parts["reward_gain_95"] == pytest.approx(whole["reward_gain_95"], abs=0.2)
+    whole = checks.report(checks.summed([facts(some)]))
+    parts = checks.report(checks.summed([facts(some[17:]), facts(some[:17])]))
+    assert parts == {name: pytest.approx(whole[name]) for name in whole}
 
 
 def test_an_offset_of_all_rewards_changes_no_correlation() -> None:
@@ -154,13 +150,41 @@ def test_tokens_and_characters_are_told_apart() -> None:
     assert (
         told["correlation_of_reward_with_tokens"] == told["correlation_of_reward_with_characters"] == pytest.approx(1)
     )
-    lines = "\n".join(_facts(told))
+    lines = "\n".join(lines_of(told))
     assert "chosen is +3.0 tokens (where texts are stored, +3.0 characters) longer" in lines
     assert "slope 1 per token (no one build.length_slope is right for both)" in lines
     assert "slope 4 per character" in lines
-    alone = "\n".join(_facts(checks.report(checks.summed([facts(some[4:])]))))
+    alone = "\n".join(lines_of(checks.report(checks.summed([facts(some[4:])]))))
     assert "chosen is +3.0 characters longer" in alone
     assert "slope 4 per character (build.length_slope takes it out)" in alone
+
+
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_the_interval_of_a_few_equal_gains_is_that_gain(num: int) -> None:
+    some = [row(f"p{number}", ["a"], ["b"], q=([number], [number + 5])) for number in range(num)]
+    assert checks.report(checks.summed([facts(some)]))["reward_gain_95"] == [5, 5]
+
+
+@pytest.mark.parametrize("num", [40, 600])  # fewer prompts than groups, and more
+def test_the_interval_covers_the_true_gain_as_often_as_it_says(num: int) -> None:
+    rng = np.random.default_rng(11)
+    covered = 0
+    for _ in range(200):
+        told = checks.report({"aligned": checks.gains(one_to_one(rng.normal(1, 2, num)), 0)})
+        low, high = told["reward_gain_95"]
+        covered += low <= 1 <= high
+    assert 180 <= covered <= 196
+
+
+def one_to_one(gains: Any) -> Candidates:
+    """Rows of one response of reward 0, and an aligned text that gains so much."""
+    num = len(gains)
+    kinds = pa.array(["aligned", "response"] * num)
+    values = pa.StructArray.from_arrays([kinds, pa.array([0] * 2 * num)], ["kind", "candidate"])
+    reward = np.stack([gains, np.zeros(num)], 1).ravel()
+    values = pa.StructArray.from_arrays([*values.flatten(), pa.array(reward)], ["kind", "candidate", "reward"])
+    places = np.arange(2 * num)
+    return Candidates(values, places[::2], places // 2, reward, places, pa.array(map(str, range(num))))
 
 
 def test_the_interval_goes_by_the_seed() -> None:
