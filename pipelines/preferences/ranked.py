@@ -51,7 +51,7 @@ def rank(rows: pa.Table, partition: int, build: BuildConfig, keep_columns: list[
     """
     counts, found = _candidates(rows, build)
     row = np.concatenate([np.repeat(np.arange(len(counts)), counts)] * 2)
-    number = np.concatenate([_places(counts)] * 2)
+    number = np.concatenate([places(counts)] * 2)
     is_aligned = np.arange(len(row)) >= len(row) // 2
     reason = _reasons(found, is_aligned, build)
     num_tokens = _counted_alike(found.num_tokens, row, reason == 0)
@@ -188,7 +188,7 @@ def _reasons(found: _Found, is_aligned: Bools, build: BuildConfig) -> npt.NDArra
     return reason
 
 
-def _places(counts: Ints) -> Ints:
+def places(counts: Ints) -> Ints:
     """0, 1, … within each row, for rows of `counts` items."""
     starts = np.cumsum(counts) - counts
     return np.arange(counts.sum()) - np.repeat(starts, counts)

@@ -89,7 +89,9 @@ class BuildConfig:
     threshold: float | None = option(
         None, "`unpaired`: reward from which on an answer is desirable; null: the mean of its prompt", changes_rows=True
     )
-    num_phases: int = option(3, "`curriculum`: most pairs of a prompt", changes_rows=True)
+    num_phases: int = option(
+        3, "`curriculum`: most pairs of a prompt, spread from the largest margin to the smallest", changes_rows=True
+    )
     semantic_encoder: str | None = option(
         None, "strategies that compare two answers: folder of a sentence encoder that weights rows; null: all weigh 1"
     )

@@ -178,6 +178,22 @@ def test_trajectory_rises_and_takes_one_text_of_each_reward() -> None:
 def test_refinement_is_a_response_and_what_was_aligned_from_it() -> None:
     rows, causes = made("refinement", FOUR, LOST)
     assert sides(rows, "response", "improved", "response_reward", "improved_reward", "margin") == [
+def test_curriculum_spreads_its_phases_from_the_easiest_pair_to_the_hardest() -> None:
+    many = row("p", ["0", "1", "2", "3"], ["4", "5", "6", "7"], q=([0, 1, 2, 3], [4, 5, 6, 7]))
+
+    def rejected(**options: Any) -> list[str]:
+        rows, _ = made("curriculum", many, **options)
+        assert [each["phase"] for each in rows] == list(range(1, len(rows) + 1))
+        assert {each["chosen"] for each in rows} == {"7"}
+        return [each["rejected"] for each in rows]
+
+    assert rejected() == ["0", "3", "6"]
+    assert rejected(min_margin=3.0) == ["0", "2", "4"]
+    assert rejected(num_phases=1) == ["0"]
+    assert rejected(num_phases=2) == ["0", "6"]
+    assert rejected(num_phases=20) == ["0", "1", "2", "3", "4", "5", "6"]
+
+
         ("worst", "best", 1, 7, 6)
     ]
     assert causes == ["", "aligned_lost"]
