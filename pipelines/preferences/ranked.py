@@ -62,7 +62,9 @@ def rank(rows: pa.Table, partition: int, build: BuildConfig, keep_columns: list[
     order = np.lexsort((is_aligned, number, -key, row))
     order = order[reason[order] == 0]
     if build.single_policy:
-        order = order[_of_the_best_policy(found.policy.take(pa.array(order)), row[order])]
+        policy = np.asarray(found.policy.dictionary_encode().indices, np.int64)[order]
+        mates = number[order] if build.compares_aligned else policy
+        order = order[_of_one_policy(policy, mates, row[order])]
     first = np.searchsorted(row[order], np.arange(len(counts) + 1))
     taken = pa.array(order)
     candidates = pa.StructArray.from_arrays(
@@ -194,9 +196,11 @@ def places(counts: Ints) -> Ints:
     return np.arange(counts.sum()) - np.repeat(starts, counts)
 
 
-def _of_the_best_policy(policy: pa.Array, row: Ints) -> Bools:
-    """Which of sorted candidates are of the policy that their row's first one is of."""
-    code = np.asarray(policy.dictionary_encode().indices, np.int64)
+def _of_one_policy(policy: Ints, mates: Ints, row: Ints) -> Bools:
+    """Which of sorted candidates are of their row's one policy: that of the best candidate with another to compare it
+    with, one of the same `mates`; where there is none, that of the best."""
+    _, group, counts = np.unique(np.stack([row, mates]), axis=1, return_inverse=True, return_counts=True)
+    order = np.lexsort((counts[group.ravel()] == 1, row))  # stable
     starts = np.flatnonzero(np.diff(row, prepend=-1))
     found: Bools = code == np.repeat(code[starts], np.diff([*starts, len(row)]))
     return found

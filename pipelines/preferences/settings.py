@@ -69,7 +69,9 @@ class BuildConfig:
     models: list[str] = option([], "policies whose candidates are used; empty: all", changes_rows=True)
     exclude_models: list[str] = option([], "policies whose candidates are not used", changes_rows=True)
     single_policy: bool = option(
-        False, "of each prompt use only candidates of one policy: that of the best one", changes_rows=True
+        False,
+        "of each prompt use only candidates of one policy: that of the best candidate with another to compare it with",
+        changes_rows=True,
     )
     min_margin: float = option(
         0.0, "least difference of rewards between chosen and rejected; ties are never used", changes_rows=True
@@ -122,7 +124,7 @@ class BuildConfig:
             )
         if not self.weights and (self.min_margin or self.length_slope):
             raise ConfigError("min_margin and length_slope have no effect without a reward")
-        if self.candidates != "all" and (self.strategy == "refinement" or self.prefers_aligned):
+        if self.candidates != "all" and self.compares_aligned:
             raise ConfigError(
                 f"candidates={self.candidates} leaves nothing to compare: what is aligned is compared with responses"
             )
@@ -143,8 +145,13 @@ class BuildConfig:
         return self.strategy in ("pairs", "steps") and self.prefer == "aligned"
 
     @property
+    def compares_aligned(self) -> bool:
+        """Whether what is aligned is compared with its own response, and with nothing else."""
+        return self.strategy == "refinement" or self.prefers_aligned
+
+    @property
     def needs_reward(self) -> bool:
-        return not (self.strategy == "refinement" or self.prefers_aligned)
+        return not self.compares_aligned
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,18 @@ def test_policies_are_those_of_the_responses_also_for_what_is_aligned() -> None:
     assert only_best.unused == Counter({"other_policy": 2})
 
 
+def test_the_single_policy_is_one_that_has_something_to_compare() -> None:
+    cut = candidate("cut off", finish_reason="length")
+    small, large = ({**candidate(name), "model": name} for name in ("small", "large"))
+    asked = row("p", [small, large], [cut, "d"], q=([9, 1], [0, 2]))
+    assert texts(ranked(asked, single_policy=True)) == ["d", "large"]
+    lone = row("p", [small, large], [cut, cut], q=([9, 1], [0, 2]))
+    assert texts(ranked(lone, single_policy=True)) == ["small"]
+    twice = row("p", [small, {**small, "text": "again"}, large], [cut, cut, "d"], q=([9, 8, 1], [0, 0, 2]))
+    assert texts(ranked(twice, single_policy=True)) == ["small", "again"]
+    assert texts(ranked(twice, single_policy=True, prefer="aligned")) == ["d", "large"]
+
+
 def test_a_reward_that_is_no_number_stays_to_be_refused() -> None:
     found = ranked(row("p", ["a"], ["b"], q=([math.nan], [1.0])))
     assert math.isnan(found.table["candidates"][0].as_py()[1]["reward"])
