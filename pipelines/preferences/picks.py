@@ -43,6 +43,7 @@ class Candidates:
         reward: float64[m]; NaN where there is none.
         length: int64[m], in tokens or, where they were not counted, in characters: in one unit within a row.
         prompt_ids: string array of n.
+        is_distinct: whether no two texts of a row are the same (see `normal`).
     """
 
     values: pa.StructArray
@@ -51,6 +52,7 @@ class Candidates:
     reward: Floats
     length: Ints
     prompt_ids: pa.Array
+    is_distinct: bool
 
     @property
     def num_rows(self) -> int:
@@ -92,6 +94,7 @@ def candidates(ranked: pa.Table, *, distinct: bool = False) -> Candidates:
         reward=np.asarray(values.field("reward").to_numpy(zero_copy_only=False), np.float64),
         length=lengths(values.field("num_tokens"), values.field("text")),
         prompt_ids=whole(ranked["prompt_id"]),
+        is_distinct=distinct,
     )
 
 
@@ -103,21 +106,35 @@ def normal(texts: pa.Array) -> pa.Array:
 # --- pairs ----------------------------------------------------------------------------------------------------------
 
 
-def preferred(found: Candidates, build: BuildConfig) -> tuple[Ints, Ints]:
-    """A (chosen, rejected) pair of each row that has one, by `build.prefer`: two int64[k] of places."""
+class Picked(NamedTuple):
+    """Of some rows a pair each, in row order: int64[k] of places, and the causes of all rows as `Made.causes`."""
+
+    found: Candidates
+    chosen: Ints
+    rejected: Ints
+    causes: npt.NDArray[np.object_]
+
+
+def preferred(ranked: pa.Table, build: BuildConfig) -> Picked:
+    """Of each row the pair that `build.prefer` means, where it may be used."""
     if build.prefer == "aligned":
-        return best_aligned(found)
-    counts = np.diff(found.first)
-    row = np.flatnonzero(counts > 1)
-    best, others = found.first[row], counts[row] - 1
-    if build.prefer == "best_worst":
-        return best, best + others
-    draws = seeded(found.prompt_ids.take(pa.array(row)), build.seed) % others.astype(np.uint64)
-    return best, best + 1 + draws.astype(np.int64)
+        return best_aligned(ranked, build)
+    found = candidates(ranked, distinct=True)
+    row = np.flatnonzero(np.diff(found.first) > 1)
+    chosen, rejected = found.first[row], found.first[row + 1] - 1
+    if build.prefer == "best_random":  # of those that are worse enough, which are the last of their row
+        best = found.reward[found.first[found.row]]
+        is_worse = (found.reward < best) & ~falls_short(best, found.reward, build.min_margin)
+        num_worse = np.bincount(found.row[is_worse], minlength=found.num_rows)[row]
+        draws = seeded(found.prompt_ids.take(pa.array(row)), build.seed) % np.maximum(num_worse, 1).astype(np.uint64)
+        rejected = rejected - draws.astype(np.int64)
+    kept, causes = sift(found, chosen, rejected, build)
+    return Picked(found, chosen[kept], rejected[kept], causes)
 
 
-def best_aligned(found: Candidates) -> tuple[Ints, Ints]:
-    """Of each row the best aligned text whose response is a candidate too, and that response."""
+def best_aligned(ranked: pa.Table, build: BuildConfig) -> Picked:
+    """Of each row the best aligned text that may be preferred to its response, and that response."""
+    found = candidates(ranked)
     number = np.asarray(found.values.field("candidate"), np.int64)
     key = found.row * (number.max(initial=0) + 1) + number
     aligned, responses = np.flatnonzero(found.is_aligned), np.flatnonzero(~found.is_aligned)
@@ -125,8 +142,16 @@ def best_aligned(found: Candidates) -> tuple[Ints, Ints]:
     at = np.searchsorted(key[responses], key[aligned])
     has_both = np.isin(key[aligned], key[responses])
     chosen, rejected = aligned[has_both], responses[at[has_both]]
-    _, once = np.unique(found.row[chosen], return_index=True)
-    return chosen[once], rejected[once]
+    _, first = np.unique(found.row[chosen], return_index=True)
+    kept, causes = sift(found, chosen[first], rejected[first], build)
+    is_left = np.isin(found.row[chosen], found.row[chosen[first[~kept]]])
+    is_left[first] = False
+    left = np.flatnonzero(is_left)  # of rows whose best may not be used
+    left = left[sift(found, chosen[left], rejected[left], build)[0]]
+    _, once = np.unique(found.row[chosen[left]], return_index=True)
+    used = np.sort(np.concatenate([first[kept], left[once]]))
+    causes[found.row[chosen[used]]] = ""
+    return Picked(found, chosen[used], rejected[used], causes)
 
 
 def seeded(texts: pa.Array, seed: int) -> npt.NDArray[np.uint64]:
@@ -142,13 +167,21 @@ def sift(found: Candidates, chosen: Ints, rejected: Ints, build: BuildConfig) ->
     if build.max_length_ratio is not None:
         refused[longer > build.max_length_ratio * np.maximum(shorter, 1)] = "length_ratio"
     margin = found.reward[chosen] - found.reward[rejected]
-    refused[margin < build.min_margin] = "small_margin"
+    refused[falls_short(found.reward[chosen], found.reward[rejected], build.min_margin)] = "small_margin"
     refused[margin < 0] = "aligned_lost"
     refused[margin == 0] = "tie"
-    one, other = (normal(found.take("text", side)) for side in (chosen, rejected))
-    refused[np.asarray(pc.equal(one, other))] = "same_text"
+    if not found.is_distinct:
+        asked = np.flatnonzero(~(margin < 0))  # the others are refused anyway, and comparing texts takes time
+        one, other = (normal(found.take("text", side[asked])) for side in (chosen, rejected))
+        refused[asked[np.asarray(pc.equal(one, other))]] = "same_text"
     causes = why_none(found, found.row[chosen], refused)
     return refused == "", causes
+
+
+def falls_short(better: Floats, worse: Floats, least: float) -> Bools:
+    """Where the difference is less than `least` by more than rounding: 0.3 - 0.2 is 0.1 here."""
+    short: Bools = better - worse < least - 1e-12 * np.maximum(np.abs(better), np.abs(worse))
+    return short
 
 
 def why_none(found: Candidates, row: Ints, refused: npt.NDArray[np.object_]) -> npt.NDArray[np.object_]:

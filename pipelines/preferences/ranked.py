@@ -202,7 +202,7 @@ def _of_one_policy(policy: Ints, mates: Ints, row: Ints) -> Bools:
     _, group, counts = np.unique(np.stack([row, mates]), axis=1, return_inverse=True, return_counts=True)
     order = np.lexsort((counts[group.ravel()] == 1, row))  # stable
     starts = np.flatnonzero(np.diff(row, prepend=-1))
-    found: Bools = code == np.repeat(code[starts], np.diff([*starts, len(row)]))
+    found: Bools = policy == np.repeat(policy[order[starts]], np.diff([*starts, len(row)]))
     return found
 
 

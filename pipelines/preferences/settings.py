@@ -46,8 +46,8 @@ class BuildConfig:
     strategy: Strategy = option("pairs", "what is made of a prompt", changes_rows=True)
     prefer: Literal["aligned", "best_worst", "best_random"] = option(
         "aligned",
-        "`pairs`, `steps`: the best aligned answer over its response, or the best of all candidates over the worst or "
-        "over a random one",
+        "`pairs`, `steps`: the best aligned answer that is better than its response over that, or the best of all "
+        "candidates over the worst, or over a random one that is worse",
         changes_rows=True,
     )
     reward: str | None = option(

@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from pipelines.preferences.picks import Made, candidates, pair_columns, preferred, sift
+from pipelines.preferences.picks import Made, pair_columns, preferred
 from pipelines.preferences.settings import BuildConfig
 
 
@@ -13,9 +13,6 @@ def pairs(ranked: pa.Table, build: BuildConfig) -> Made:
     margin-aware losses such as MADPO read, `build.max_length_ratio` and `length_slope` serve LD-DPO's concern
     (2409.06411), `build.single_policy` that of "More is Less" (2504.02193).
     """
-    found = candidates(ranked)
-    chosen, rejected = preferred(found, build)
-    kept, causes = sift(found, chosen, rejected, build)
-    chosen, rejected = chosen[kept], rejected[kept]
+    found, chosen, rejected, causes = preferred(ranked, build)
     columns = pair_columns(found, chosen, rejected)
     return Made(columns, found.row[chosen], causes, found.length[chosen], found.length[rejected])

@@ -2,16 +2,13 @@
 
 import pyarrow as pa
 
-from pipelines.preferences.picks import Made, best_aligned, candidates, margin, rewards, sift, texts
+from pipelines.preferences.picks import Made, best_aligned, margin, rewards, texts
 from pipelines.preferences.settings import BuildConfig
 
 
 def refinement(ranked: pa.Table, build: BuildConfig) -> Made:
     """(prompt, response, improved), for training that improves a given answer, as SRPO's (arXiv:2406.01660)."""
-    found = candidates(ranked)
-    improved, response = best_aligned(found)
-    kept, causes = sift(found, improved, response, build)
-    improved, response = improved[kept], response[kept]
+    found, improved, response, causes = best_aligned(ranked, build)
     columns = texts(found, response=response, improved=improved)
     columns |= rewards(found, response_reward=response, improved_reward=improved)
     columns |= {"response_model": found.take("model", response), "improved_model": found.take("model", improved)}

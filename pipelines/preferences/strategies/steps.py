@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pyarrow as pa
 
-from pipelines.preferences.picks import Made, candidates, margin, preferred, provenance, rewards, sift, texts
+from pipelines.preferences.picks import Made, margin, preferred, provenance, rewards, texts
 from pipelines.preferences.settings import BuildConfig
 
 _END = r"(?<=[.!?।؟])\s+|(?<=[。！？])(?![。！？”’」』）])\s*|(?<=[。！？][”’」』）])\s*|\n+|\Z"
@@ -15,14 +15,12 @@ _SENTENCE = re.compile(rf"\s*\S.*?(?:{_END})", re.DOTALL)
 def steps(ranked: pa.Table, build: BuildConfig) -> Made:
     """The pair of `pairs`, cut at the first sentence that differs, for Step-DPO (arXiv:2406.18629). `prefix` and
     `chosen` together begin `full_chosen`; a pair of which only one answer goes on is dropped (`no_step`)."""
-    found = candidates(ranked)
-    chosen, rejected = preferred(found, build)
-    kept, causes = sift(found, chosen, rejected, build)
-    full = texts(found, chosen=chosen[kept], rejected=rejected[kept])
+    found, chosen, rejected, causes = preferred(ranked, build)
+    full = texts(found, chosen=chosen, rejected=rejected)
     parted = [part(one, other) for one, other in zip(*(side.to_pylist() for side in full.values()), strict=True)]
     goes_on = np.array([all(step.strip() for step in steps) for _, *steps in parted], bool)
-    causes[found.row[chosen[kept][~goes_on]]] = "no_step"
-    chosen, rejected = chosen[kept][goes_on], rejected[kept][goes_on]
+    causes[found.row[chosen[~goes_on]]] = "no_step"
+    chosen, rejected = chosen[goes_on], rejected[goes_on]
     cut = pa.array(parted, pa.list_(pa.string(), 3)).filter(pa.array(goes_on)).flatten()
     columns = {name: cut[i::3] for i, name in enumerate(("prefix", "chosen", "rejected"))}
     columns |= texts(found, full_chosen=chosen, full_rejected=rejected)

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.preferences import schema
-from pipelines.preferences.picks import Made, candidates, why_none
+from pipelines.preferences.picks import Made, candidates, falls_short, why_none
 from pipelines.preferences.settings import BuildConfig
 
 
@@ -18,9 +18,12 @@ def unpaired(ranked: pa.Table, build: BuildConfig) -> Made:
     mean = sums / np.maximum(counts, 1)
     bar = mean[found.row] if build.threshold is None else np.full(len(found.row), build.threshold)
     refused = np.full(len(found.row), "", object)
-    refused[np.abs(found.reward - bar) < build.min_margin] = "small_margin"
+    refused[falls_short(np.maximum(found.reward, bar), np.minimum(found.reward, bar), build.min_margin)] = (
+        "small_margin"
+    )
     if build.threshold is None:
         refused[np.isclose(found.reward, bar, rtol=1e-12, atol=0)] = "tie"
+        refused[(counts == 1)[found.row]] = "one_candidate"
     kept = refused == ""
     places = np.flatnonzero(kept)
     columns = {

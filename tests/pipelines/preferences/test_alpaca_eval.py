@@ -42,21 +42,20 @@ def corpus(answers: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def expected(answers: pd.DataFrame) -> pd.DataFrame:
-    """Scored answers that are not empty, best first; of equal ones in the order of the file; texts once."""
+    """Scored answers that are not empty, best first; of equal ones in the order of the file; of one text the best."""
     found = answers.assign(
         place=answers.groupby("prompt_id").cumcount(), text=answers["response"].str.split().str.join(" ")
     )
     found = found[found["win_rate"].notna() & (found["text"] != "")]
-    return found.sort_values(["prompt_id", "win_rate", "place"], ascending=[True, False, True], kind="stable")
+    found = found.sort_values(["prompt_id", "win_rate", "place"], ascending=[True, False, True], kind="stable")
+    return found.drop_duplicates(["prompt_id", "text"])
 
 
 def why_none(group: pd.DataFrame, min_margin: float = 0.0) -> str | None:
     """Why nothing comes of a prompt's answers, best first, when the first is compared with the last."""
     if len(group) < 2:
         return "one_candidate"
-    (better, best), (lesser, worst) = group[["text", "win_rate"]].iloc[[0, -1]].to_numpy().tolist()
-    if better == lesser:
-        return "same_text"
+    best, worst = group["win_rate"].iloc[[0, -1]]
     if best == worst:
         return "tie"
     return "small_margin" if best - worst < min_margin else None
@@ -85,7 +84,7 @@ def build(corpus: Path, root: Path, *more: str) -> list[dict[str, Any]]:
 
 def test_ranked_is_what_pandas_sorts(answers: pd.DataFrame, corpus: Path, tmp_path: Path) -> None:
     made = build(corpus, tmp_path / "out", "build=ranked")
-    found = dict(iter(expected(answers).drop_duplicates(["prompt_id", "text"]).groupby("prompt_id")))
+    found = dict(iter(expected(answers).groupby("prompt_id")))
     dropped = {name: why for name, group in found.items() if (why := why_none(group))}
     check_counts(tmp_path / "out", answers, Counter(dropped.values()))
     groups = {name: group for name, group in found.items() if name not in dropped}
@@ -102,9 +101,8 @@ def test_pairs_are_the_best_and_the_worst_of_pandas(answers: pd.DataFrame, corpu
     made = build(corpus, tmp_path / "out", "build.prefer=best_worst", "build.min_margin=0.01")
     ends = expected(answers).groupby("prompt_id").agg(
         chosen=("model", "first"), rejected=("model", "last"), best=("win_rate", "first"), worst=("win_rate", "last"),
-        better=("text", "first"), lesser=("text", "last"),
     )  # fmt: skip
-    ends = ends[(ends["best"] - ends["worst"] >= 0.01) & (ends["better"] != ends["lesser"])].sort_index()
+    ends = ends[ends["best"] - ends["worst"] >= 0.01].sort_index()
     assert [each["prompt_id"] for each in made] == ends.index.tolist()
     assert [each["chosen_model"] for each in made] == ends["chosen"].tolist()
     assert [each["rejected_model"] for each in made] == ends["rejected"].tolist()

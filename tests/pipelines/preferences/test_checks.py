@@ -184,7 +184,7 @@ def one_to_one(gains: Any) -> Candidates:
     reward = np.stack([gains, np.zeros(num)], 1).ravel()
     values = pa.StructArray.from_arrays([*values.flatten(), pa.array(reward)], ["kind", "candidate", "reward"])
     places = np.arange(2 * num)
-    return Candidates(values, places[::2], places // 2, reward, places, pa.array(map(str, range(num))))
+    return Candidates(values, places[::2], places // 2, reward, places, pa.array(map(str, range(num))), False)
 
 
 def test_the_interval_goes_by_the_seed() -> None:

@@ -87,6 +87,21 @@ def test_the_best_aligned_answer_whose_response_is_there_is_compared() -> None:
     assert sides(rows, "chosen", "rejected") == [("good", "better")]
 
 
+def test_the_next_aligned_answer_is_taken_where_the_best_may_not_be_used() -> None:
+    unchanged = row("p", ["one", "a"], ["one ", "b"], q=([5, 1], [5, 3]))
+    lost = row("q", ["a", "b"], ["c", "d"], q=([9, 1], [8, 2]))
+    never = row("r", ["a", "b"], ["a", "d"], q=([9, 1], [9, 1]))
+    rows, causes = made("pairs", unchanged, FOUR, lost, never)
+    assert sides(rows, "row", "chosen", "rejected", "margin") == [
+        (0, "b", "a", 2),
+        (1, "best", "worst", 6),
+        (2, "d", "b", 1),
+    ]
+    assert causes == ["", "", "", "same_text"]
+    assert sides(made("refinement", unchanged)[0], "improved", "response") == [("b", "a")]
+    assert sides(made("steps", unchanged)[0], "chosen", "rejected") == [("b", "a")]
+
+
 def test_pairs_without_a_reward_have_no_margin() -> None:
     rows, causes = made("pairs", LOST, SAME, reward=None)
     assert sides(rows, "chosen", "rejected", "margin") == [("b", "a", None)]
@@ -108,6 +123,33 @@ def test_a_random_rejected_answer_goes_by_the_seed_and_the_prompt_alone() -> Non
     assert [each["rejected"] for each in backwards] == [each["rejected"] for each in reversed(rows)]
     other, _ = made("pairs", *many, prefer="best_random", seed=1)
     assert [each["rejected"] for each in other] != [each["rejected"] for each in rows]
+
+
+def test_a_random_rejected_answer_is_one_that_can_be_rejected() -> None:
+    same = ["best", "best\n", "Best of all."]  # the best itself, and one that is as good
+    rewards = ([9, 8.9, 9, 1, 2], [9, 9, 9, 1, 2])
+    many = [
+        row("p", [*same, "low", "lower"], [*same, "low ", "lower "], f"p{number}", q=rewards) for number in range(40)
+    ]
+    rows, causes = made("pairs", *many, prefer="best_random", min_margin=0.2)
+    assert set(causes) == {""}
+    assert {each["rejected"].strip() for each in rows} == {"low", "lower"}
+    tied = row("t", ["a", "b", "a"], ["c", "d", "a"], q=([2, 2, 1], [2, 2, 1]))
+    assert made("pairs", tied, prefer="best_random")[1] == ["tie"]
+    near = row("n", ["a", "b"], ["c", "d"], q=([2, 1], [2, 2]))
+    assert made("pairs", near, prefer="best_random", min_margin=1.5)[1] == ["small_margin"]
+
+
+def test_the_worst_answer_is_the_worst_other_text() -> None:
+    doubled = row("p", ["good", "bad"], ["good ", "bad"], q=([5, 2], [1, 2]))
+    assert sides(made("pairs", doubled, prefer="best_worst")[0], "chosen", "rejected", "margin") == [("good", "bad", 3)]
+
+
+def test_a_margin_is_not_too_small_by_rounding() -> None:
+    exact = row("p", ["a"], ["b"], q=([0.2], [0.3]))
+    assert made("pairs", exact, min_margin=0.1)[1] == [""]
+    assert made("pairs", exact, min_margin=0.1000001)[1] == ["small_margin"]
+    assert made("unpaired", exact, min_margin=0.1, threshold=0.3)[1] == [""]
 
 
 def test_margins_and_lengths_that_are_too_small_or_too_large_are_refused() -> None:
@@ -136,6 +178,22 @@ def test_curriculum_goes_from_the_largest_margin_to_the_smallest() -> None:
     assert sides(made("curriculum", FOUR, num_phases=2, min_margin=4.0)[0], "phase", "margin") == [(1, 6), (2, 4)]
 
 
+def test_curriculum_spreads_its_phases_from_the_easiest_pair_to_the_hardest() -> None:
+    many = row("p", ["0", "1", "2", "3"], ["4", "5", "6", "7"], q=([0, 1, 2, 3], [4, 5, 6, 7]))
+
+    def rejected(**options: Any) -> list[str]:
+        rows, _ = made("curriculum", many, **options)
+        assert [each["phase"] for each in rows] == list(range(1, len(rows) + 1))
+        assert {each["chosen"] for each in rows} == {"7"}
+        return [each["rejected"] for each in rows]
+
+    assert rejected() == ["0", "3", "6"]
+    assert rejected(min_margin=3.0) == ["0", "2", "4"]
+    assert rejected(num_phases=1) == ["0"]
+    assert rejected(num_phases=2) == ["0", "6"]
+    assert rejected(num_phases=20) == ["0", "1", "2", "3", "4", "5", "6"]
+
+
 def test_triple_takes_the_best_the_second_and_the_worst() -> None:
     two_best = row("two", ["a", "b"], ["c", "d"], q=([2, 2], [1, 0]))
     rows, causes = made("triple", FOUR, two_best, LOST)
@@ -154,6 +212,11 @@ def test_unpaired_labels_go_by_a_threshold_or_by_the_mean_of_the_prompt() -> Non
     ]  # fmt: skip
     assert causes == ["", ""]
     assert sides(made("unpaired", FOUR, threshold=4.0, min_margin=2.0)[0], "completion") == [("best",), ("worst",)]
+
+
+def test_a_lone_answer_is_no_tie_with_itself() -> None:
+    assert made("unpaired", LONE) == ([], ["one_candidate"])
+    assert made("unpaired", LONE, threshold=1.0)[1] == [""]
 
 
 def test_ranked_has_every_text_once_with_its_rank() -> None:
@@ -178,22 +241,6 @@ def test_trajectory_rises_and_takes_one_text_of_each_reward() -> None:
 def test_refinement_is_a_response_and_what_was_aligned_from_it() -> None:
     rows, causes = made("refinement", FOUR, LOST)
     assert sides(rows, "response", "improved", "response_reward", "improved_reward", "margin") == [
-def test_curriculum_spreads_its_phases_from_the_easiest_pair_to_the_hardest() -> None:
-    many = row("p", ["0", "1", "2", "3"], ["4", "5", "6", "7"], q=([0, 1, 2, 3], [4, 5, 6, 7]))
-
-    def rejected(**options: Any) -> list[str]:
-        rows, _ = made("curriculum", many, **options)
-        assert [each["phase"] for each in rows] == list(range(1, len(rows) + 1))
-        assert {each["chosen"] for each in rows} == {"7"}
-        return [each["rejected"] for each in rows]
-
-    assert rejected() == ["0", "3", "6"]
-    assert rejected(min_margin=3.0) == ["0", "2", "4"]
-    assert rejected(num_phases=1) == ["0"]
-    assert rejected(num_phases=2) == ["0", "6"]
-    assert rejected(num_phases=20) == ["0", "1", "2", "3", "4", "5", "6"]
-
-
         ("worst", "best", 1, 7, 6)
     ]
     assert causes == ["", "aligned_lost"]
