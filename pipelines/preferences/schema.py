@@ -4,7 +4,7 @@ import pyarrow as pa
 
 from actors.contract import PROMPT
 
-VERSION = 2
+VERSION = 3
 """Part of every run's fingerprint; raised when a field comes, goes or changes its meaning."""
 
 CANDIDATE = pa.struct(
@@ -101,7 +101,7 @@ _COLUMNS = {
     "refinement": [
         *_texts("response", "improved"),
         *_rewards("response_reward", "improved_reward", "margin"),
-        *_texts("response_model", "improved_model"),  # the policy, and what aligned its response
+        *_provenance("response", "improved"),
         WEIGHT,
     ],
     "trajectory": [
@@ -109,6 +109,7 @@ _COLUMNS = {
         _list("rewards", pa.float64()),
         _list("models", pa.string()),
         _list("policies", pa.string()),
+        _list("kinds", pa.string()),
     ],
 }
 

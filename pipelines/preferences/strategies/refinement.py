@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from pipelines.preferences.picks import Made, best_aligned, margin, rewards, texts
+from pipelines.preferences.picks import Made, best_aligned, margin, provenance, rewards, texts
 from pipelines.preferences.settings import BuildConfig
 
 
@@ -11,6 +11,6 @@ def refinement(ranked: pa.Table, build: BuildConfig) -> Made:
     found, improved, response, causes = best_aligned(ranked, build)
     columns = texts(found, response=response, improved=improved)
     columns |= rewards(found, response_reward=response, improved_reward=improved)
-    columns |= {"response_model": found.take("model", response), "improved_model": found.take("model", improved)}
+    columns |= provenance(found, response=response, improved=improved)
     columns["margin"] = margin(found, improved, response)
     return Made(columns, found.row[improved], causes, found.length[improved], found.length[response])

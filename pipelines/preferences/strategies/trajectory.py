@@ -20,5 +20,6 @@ def trajectory(ranked: pa.Table, build: BuildConfig) -> Made:
     is_new = np.append(True, (found.reward[1:] != found.reward[:-1]) | (found.row[1:] != found.row[:-1]))
     places = np.flatnonzero(is_new[: len(found.row)] & np.isin(found.row, row))
     places = places[np.lexsort((-places, found.row[places]))]
-    lists = listed(found, places, row, "text", "reward", "model", "policy")
-    return Made(dict(zip(("states", "rewards", "models", "policies"), lists.values(), strict=True)), row, causes)
+    lists = listed(found, places, row, "text", "reward", "model", "policy", "kind")
+    columns = dict(zip(("states", "rewards", "models", "policies", "kinds"), lists.values(), strict=True))
+    return Made(columns, row, causes)

@@ -69,7 +69,9 @@ def test_every_text_tells_whose_answer_it_is_whatever_made_it() -> None:
     assert sides([step], "chosen_model", "chosen_policy", "rejected_policy", "rejected_kind") == [
         ("aligner", "small", "small", "response")
     ]
-    assert sides(made("refinement", four)[0], "response_model", "improved_model") == [("small", "aligner")]
+    (better,), _ = made("refinement", four)
+    assert sides([better], "response_model", "response_policy", "response_kind") == [("small", "small", "response")]
+    assert sides([better], "improved_model", "improved_policy", "improved_kind") == [("aligner", "small", "aligned")]
     assert sides(made("unpaired", four)[0], "completion", "model", "policy", "kind") == [
         ("best", "aligner", "small", "aligned"), ("good", "aligner", "large", "aligned"),
         ("better", "large", "large", "response"), ("worst", "small", "small", "response"),
@@ -78,7 +80,10 @@ def test_every_text_tells_whose_answer_it_is_whatever_made_it() -> None:
     assert listed["models"] == ["aligner", "aligner", "large", "small"]
     assert listed["policies"] == ["small", "large", "large", "small"]
     (path,), _ = made("trajectory", four)
-    assert (path["models"], path["policies"]) == (listed["models"][::-1], listed["policies"][::-1])
+    assert [path[name] for name in ("models", "policies", "kinds")] == [
+        listed[name][::-1] for name in ("models", "policies", "kinds")
+    ]
+    assert listed["kinds"] == ["aligned", "aligned", "response", "response"]
 
 
 def test_the_best_aligned_answer_whose_response_is_there_is_compared() -> None:
