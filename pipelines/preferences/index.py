@@ -1,15 +1,12 @@
 """The index of prompts: what each part of the corpus asks, kept beside the dataset so that later runs need not read it
 again to know which prompts came before."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actors.contract import ConfigError
-from pipelines.corpus.parquet import Watched, first_line, is_damage
 from pipelines.corpus.shards import Listed
 from pipelines.corpus.storage import Storage
 from pipelines.preferences import schema
@@ -18,7 +15,6 @@ from pipelines.preferences.ranked import Bools
 from pipelines.preferences.settings import PromptsConfig
 from pipelines.preferences.source import PublishedCorpus
 
-ROWS_AT_ONCE = 1 << 14
 FOLDER = "prompts"
 
 
@@ -41,7 +37,8 @@ def write_index(source: PublishedCorpus, output: Storage, listed: Listed, dedup:
     def write(path: Path) -> None:
         nonlocal num_rows
         writer: pq.ParquetWriter | None = None
-        for texts in _texts(source, listed):
+        for batch in source.batches(listed, ["prompt"]):
+            texts = prompt_texts(batch["prompt"])
             columns = {"key": pa.array(prompt_keys(texts))}
             if dedup == "near":
                 columns |= shingled(texts)
@@ -55,20 +52,6 @@ def write_index(source: PublishedCorpus, output: Storage, listed: Listed, dedup:
 
     output.create_file(f"{FOLDER}/{index_name(listed, dedup)}", write)
     return pa.table({"done": [listed.path], "rows": [num_rows]})
-
-
-def _texts(source: PublishedCorpus, listed: Listed) -> Iterator[pa.Array]:
-    """The texts of a part's prompts, some at a time. Raises ConfigError where the part is damaged."""
-    with source.open(listed) as raw:
-        file = Watched(raw)
-        try:
-            found = pq.ParquetFile(pa.PythonFile(file, mode="r"), page_checksum_verification=True)
-            for batch in found.iter_batches(ROWS_AT_ONCE, columns=["prompt"]):
-                yield prompt_texts(batch["prompt"])
-        except Exception as error:
-            if file.error is not None or not is_damage(error):
-                raise
-            raise ConfigError(f"{listed.path} is damaged ({first_line(error)}); restore it and run again") from error
 
 
 def duplicates(output: Storage, listing: list[Listed], prompts: PromptsConfig) -> dict[str, Bools]:

@@ -14,6 +14,7 @@ from pipelines.preferences.dataset import preferences
 from pipelines.preferences.exporters import EXPORTERS
 from pipelines.preferences.filters import benchmarks_of
 from pipelines.preferences.fingerprint import fingerprint
+from pipelines.preferences.names import refuse_unknown
 from pipelines.preferences.settings import BuildPreferencesConfig
 from pipelines.preferences.source import PublishedCorpus, shard_config
 from pipelines.preferences.stream import build_all
@@ -33,6 +34,12 @@ class PreferencesJob(Job[BuildPreferencesConfig]):
 
     def fingerprint(self, kept_types: Mapping[str, str]) -> dict[str, Any]:
         return fingerprint(self.config, kept_types, self._benchmarks)
+
+    def planned(self, limit: int | None) -> Plan:
+        plan = super().planned(limit)
+        if plan.num_units:
+            refuse_unknown(self.source, self.config.build)
+        return plan
 
     def told(self, plan: Plan) -> dict[str, Any]:
         return {"columns": output_columns(self.config, plan.kept_types)}

@@ -1,14 +1,18 @@
 """The corpus that a preference dataset is built from: the parts of its published partitions, as shards."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actors.contract import ConfigError
+from pipelines.corpus.parquet import Watched, first_line, is_damage
 from pipelines.corpus.published import CorpusInput
 from pipelines.corpus.shards import InputConfig, Listed
 
+ROWS_AT_ONCE = 1 << 14
 COLUMNS = ["prompt_id", "prompt", "responses", "aligned", "rewards"]
 """What is read of a part, besides the kept columns; a corpus that is not scored has no `rewards`."""
 
@@ -21,6 +25,18 @@ class PublishedCorpus(CorpusInput):
     def open(self, shard: Listed) -> Any:
         """The part's bytes as a seekable binary file. Raises ConfigError where it is not what its manifest says."""
         return self.fs.open(self._found(shard), cache_type="none")
+
+    def batches(self, shard: Listed, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """Columns of a part, ROWS_AT_ONCE rows at a time, those that it has. Raises ConfigError where it is damaged."""
+        with self.open(shard) as raw:
+            file = Watched(raw)
+            try:
+                found = pq.ParquetFile(pa.PythonFile(file, mode="r"), page_checksum_verification=True)
+                yield from found.iter_batches(ROWS_AT_ONCE, columns=columns)
+            except Exception as error:
+                if file.error is not None or not is_damage(error):
+                    raise
+                raise ConfigError(f"{shard.path} is damaged ({first_line(error)}); restore it and run again") from error
 
     def _footer(self, shard: Listed) -> "tuple[pq.FileMetaData, str] | str":
         self._found(shard)

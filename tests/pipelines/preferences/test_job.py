@@ -350,6 +350,52 @@ def test_what_is_no_corpus_is_refused(corpus: Path, tmp_path: Path, capsys: pyte
     assert "keep_columns: no shard has that column" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (
+            ["build.reward=qualiti"],
+            "build.reward: the corpus has no reward 'qualiti'; did you mean quality? there are: ",
+        ),
+        (["build.reward=x"], "build.reward: the corpus has no reward 'x'; there are: q, quality"),
+        (
+            ["build.reward=null", "build.reward_weights={q: 1, r: 2}"],
+            "build.reward_weights: the corpus has no reward 'r'",
+        ),
+        (
+            ["build.models=[smal]"],
+            "build.models: the corpus has no policy 'smal'; did you mean small? there are: large, ",
+        ),
+        (
+            ["build.models=[small, aligner]"],
+            "build.models: the corpus has no policy 'aligner'; there are: large, small",
+        ),
+    ],
+)
+def test_a_reward_or_policy_that_the_corpus_does_not_have_is_refused_before_any_work(
+    more: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [
+        table([row(policy, [candidate("a", model=policy)], ["b"], **{name: ([0], [1])})])
+        for policy, name in (("small", "q"), ("large", "quality"))
+    ]
+    corpus = publish_corpus(tmp_path / "corpus", *parts)
+    for flags in (["--dry-run"], []):
+        assert main([*job(corpus, tmp_path / "out"), *more, *flags]) == 2
+        assert told in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("units/*")) and not manifests(tmp_path / "out")
+    known = ["build.reward=null", "build.reward_weights={q: 1, quality: 2}", "build.models=[large, small]"]
+    assert main([*job(corpus, tmp_path / "out"), *known]) == 0
+
+
+def test_a_reward_of_a_corpus_without_any_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scored = table([row("p", ["a"], ["b"])])
+    for name, unscored in (("null", scored), ("none", scored.drop_columns(["rewards"]))):
+        corpus = publish_corpus(tmp_path / name, unscored)
+        assert main(job(corpus, tmp_path / f"out-{name}")) == 2
+        assert "the corpus has no reward 'q'; it has none: score it with score_corpus.py" in capsys.readouterr().err
+
+
 def test_a_corpus_that_was_made_anew_is_refused(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
