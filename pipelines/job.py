@@ -66,6 +66,10 @@ class Job(ABC, Generic[Config]):
     def fingerprint(self, kept_types: Mapping[str, str]) -> dict[str, Any]:
         """Everything that can change a row, by dotted key: what two runs must share to make rows that go together."""
 
+    def fixed(self) -> frozenset[str]:
+        """Keys of the fingerprint that all rows under one output root share, whatever changes are accepted."""
+        return frozenset()
+
     @abstractmethod
     def told(self, plan: Plan) -> dict[str, Any]:
         """What the run record keeps besides what every job's does."""
@@ -123,6 +127,7 @@ class Job(ABC, Generic[Config]):
             has_unpublished=bool(state.committed or state.unfinished),
             has_published=bool(state.partitions),
             accept_changes=self.config.run.accept_changes,
+            fixed=self.fixed(),
         )
         return plan
 

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from actors.contract import ConfigError
@@ -97,16 +97,25 @@ def check_fingerprint(
     has_unpublished: bool,
     has_published: bool,
     accept_changes: bool,
+    fixed: Collection[str] = (),
 ) -> None:
     """Raise ConfigError, naming each key that differs, where the rows of two makings would come together unasked.
 
     While committed units wait to be published another fingerprint is never accepted: one partition, one making. After
-    that it takes `run.accept_changes=true`, and applies to new rows only.
+    that it takes `run.accept_changes=true`, and applies to new rows only; to keys that are `fixed` it never does.
     """
     changes = [key for key in sorted({*before, *now}) if before.get(key, ABSENT) != now.get(key, ABSENT)]
     if not changes or not (has_unpublished or has_published):
         return
-    told = "; ".join(f"{key} was {before.get(key, ABSENT)!r} and is {now.get(key, ABSENT)!r}" for key in changes)
+    bound = [key for key in changes if key in fixed and not has_unpublished]
+    told = "; ".join(
+        f"{key} was {before.get(key, ABSENT)!r} and is {now.get(key, ABSENT)!r}" for key in bound or changes
+    )
+    if bound:
+        raise ConfigError(
+            f"the config has changed since the last partition: {told}. "
+            f"Rows made so do not go together with those that are there; take another output.root"
+        )
     if has_unpublished:
         raise ConfigError(
             f"the config has changed while units of the last run wait to be published: {told}. "

@@ -12,6 +12,11 @@ from pipelines.config import changes_rows
 from pipelines.preferences import schema
 from pipelines.preferences.settings import BuildPreferencesConfig
 
+COLUMNS_AND_REWARDS = (
+    "build.strategy", "build.reward", "build.reward_weights", "export", "input.keep_columns",
+    "preferences.schema_version",
+)  # fmt: skip
+
 
 def pin_encoder(config: BuildPreferencesConfig) -> BuildPreferencesConfig:
     """The config with the encoder by its absolute path. Raises ConfigError where there is none."""
@@ -35,3 +40,14 @@ def fingerprint(
         "preferences.schema_version": schema.VERSION,
         **{f"input.keep_columns.{name}": dtype for name, dtype in sorted(kept_types.items())},
     }
+
+
+def fixed(config: BuildPreferencesConfig) -> frozenset[str]:
+    """The keys of the fingerprint that decide the columns, what rewards mean, and where prompts that are not known from
+    one run to the next could come into two splits, the splits."""
+    keys = {*COLUMNS_AND_REWARDS}
+    if config.prompts.dedup == "none":
+        keys |= {"prompts.test_fraction", "prompts.validation_fraction"}
+        if config.prompts.test_fraction or config.prompts.validation_fraction:
+            keys |= {"build.seed", "prompts.dedup"}  # which may have kept apart what earlier runs split otherwise
+    return frozenset(keys)

@@ -13,7 +13,7 @@ from pipelines.preferences.build import Builder, output_columns
 from pipelines.preferences.dataset import preferences
 from pipelines.preferences.exporters import EXPORTERS
 from pipelines.preferences.filters import benchmarks_of
-from pipelines.preferences.fingerprint import fingerprint
+from pipelines.preferences.fingerprint import fingerprint, fixed
 from pipelines.preferences.names import refuse_unknown
 from pipelines.preferences.settings import BuildPreferencesConfig
 from pipelines.preferences.source import PublishedCorpus, shard_config
@@ -34,6 +34,9 @@ class PreferencesJob(Job[BuildPreferencesConfig]):
 
     def fingerprint(self, kept_types: Mapping[str, str]) -> dict[str, Any]:
         return fingerprint(self.config, kept_types, self._benchmarks)
+
+    def fixed(self) -> frozenset[str]:
+        return fixed(self.config)
 
     def planned(self, limit: int | None) -> Plan:
         plan = super().planned(limit)

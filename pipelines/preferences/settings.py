@@ -211,7 +211,11 @@ class BuildRunConfig:
 
     unit_rows: int = option(8192, "most prompts of a unit: what is built and committed at once; 32 MiB at most")
     num_workers: int = option(0, "units built at the same time, a CPU each; 0: as many as the cluster has CPUs")
-    accept_changes: bool = option(False, "apply a changed config to new partitions; go on with a corpus that was moved")
+    accept_changes: bool = option(
+        False,
+        "apply a changed config to new partitions, but for what decides columns, rewards and splits; go on with a "
+        "corpus that was moved",
+    )
     lease_ttl_s: float = option(30.0, "seconds of silence after which another job on the same root counts as dead")
     stall_minutes: float = option(30.0, "end with exit code 4 after so long without a unit built or a part indexed")
 

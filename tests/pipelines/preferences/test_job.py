@@ -212,6 +212,48 @@ def test_another_config_is_refused_unless_it_is_for_what_is_new(
     assert margins[1] >= 1
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ("build.strategy=unpaired", "build.strategy was 'pairs' and is 'unpaired'. Rows made so do not go together"),
+        ("export=trl", "export was None and is 'trl'. "),
+        ("build.reward=r", "build.reward was 'q' and is 'r'. "),
+        ("build.reward=null", "build.reward was 'q' and is None. "),
+        ("input.keep_columns=[topic]", "input.keep_columns was [] and is ['topic']. "),
+        ("prompts.test_fraction=0.5", "prompts.test_fraction was 0.3 and is 0.5. "),
+        ("build.seed=1", "build.seed was 0 and is 1. "),
+    ],
+)
+def test_what_decides_columns_rewards_and_splits_is_never_changed(
+    more: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = [{**each, "rewards": [*each["rewards"], {**each["rewards"][0], "name": "r"}]} for each in rows()]
+    corpus = publish_corpus(tmp_path / "corpus", table(some, topic=["a"] * len(some)))
+    split = ["prompts.dedup=none", "prompts.test_fraction=0.3"]
+    assert main(job(corpus, tmp_path / "out", *split)) == 0
+    publish_corpus(corpus, table(some[:9], topic=["a"] * 9), number=2)
+    for accept in ([], ["run.accept_changes=true"]):
+        assert main(job(corpus, tmp_path / "out", *split, more, *accept)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert told in line
+        assert line.endswith("take another output.root")
+    assert len(manifests(tmp_path / "out")) == 1
+
+
+def test_splits_may_change_where_no_prompt_comes_twice(corpus: Path, tmp_path: Path) -> None:
+    assert main(job(corpus, tmp_path / "out", "prompts.test_fraction=0.3")) == 0
+    publish_corpus(corpus, table(rows(20, 40)), number=2)
+    changed = ["prompts.test_fraction=0.6", "build.seed=1"]
+    none = ["prompts.dedup=none", "prompts.test_fraction=0.3", "run.accept_changes=true"]
+    assert main(job(corpus, tmp_path / "out", *none)) == 2, "nor after it was not so"
+    assert main(job(corpus, tmp_path / "out", *changed)) == 2, "not without being told to"
+    assert main(job(corpus, tmp_path / "out", *changed, "run.accept_changes=true")) == 0
+    train, test = (
+        [each["prompt"][0]["content"] for each in published(tmp_path / "out", split)] for split in ("train", "test")
+    )
+    assert len({*train, *test}) == len(train) + len(test) > 20
+
+
 def test_no_prompt_is_in_two_splits(tmp_path: Path) -> None:
     some = [{**each, "prompt_id": str(number)} for number, each in enumerate([*rows(count=30), *rows(count=30)])]
     corpus = publish_corpus(tmp_path / "corpus", table(some[:35]), table(some[35:]))
