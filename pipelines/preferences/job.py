@@ -63,4 +63,4 @@ class PreferencesJob(Job[BuildPreferencesConfig]):
         report.print_dry_run(self.config, plan)
 
     def print_summary(self, plan: Plan, published: Published) -> None:
-        report.print_summary(self.output, published)
+        report.print_summary(self.output, published, jsonl=self.config.output.jsonl)

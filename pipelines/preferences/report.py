@@ -19,12 +19,19 @@ def print_dry_run(config: BuildPreferencesConfig, plan: Plan) -> None:
     print(f"columns: {', '.join(output_columns(config, plan.kept_types))}")
 
 
-def print_summary(output: Storage, published: Published) -> None:
-    """Counts in, dropped by reason, rows out and checked facts of what is new, and where the dataset is."""
+def print_summary(output: Storage, published: Published, *, jsonl: bool) -> None:
+    """Counts in, dropped by reason, rows out and checked facts of what is new, and where the dataset is; which
+    partitions were published without the JSON lines that are asked for now."""
     if published.withheld:
         say(f"error: {published.withheld}")
         return
     found = manifests(output)
+    without = [f"run={each['number']:06d}" for each in found if len(each["jsonl"]) < len(each["preferences"])]
+    if jsonl and without:
+        say(
+            f"output.jsonl=true is for new partitions: {', '.join(without)} stays without JSON lines; to have them, "
+            f"take another output.root"
+        )
     partitions = "1 partition" if len(found) == 1 else f"{len(found)} partitions"
     where = f"{output.url}/{output.partitions} ({sum(each['num_made'] for each in found)} rows in {partitions})"
     new = [manifest for manifest in found if manifest["number"] in published.partitions]

@@ -207,11 +207,19 @@ def test_another_config_is_refused_unless_it_is_for_what_is_new(
     assert "build.min_margin was 0.0 and is 1.0" in capsys.readouterr().err
     assert main(job(corpus, tmp_path / "out", "run.num_workers=7", "output.jsonl=true")) == 0
     publish_corpus(corpus, table(rows(40, 10)), number=2)
-    assert main(job(corpus, tmp_path / "out", "build.min_margin=1", "run.accept_changes=true")) == 0
+    new = ["build.min_margin=1", "run.accept_changes=true", "output.jsonl=true"]
+    assert main(job(corpus, tmp_path / "out", *new)) == 0
+    assert [path.parent.name for path in (tmp_path / "out/preferences").rglob("*.jsonl")] == ["run=000002"]
+    files = sorted((tmp_path / "out/preferences").rglob("*.*"))
+    capsys.readouterr()
+    assert main(job(corpus, tmp_path / "out", *new[:2])) == 0
+    assert "JSON lines" not in capsys.readouterr().err
     margins = [min(each["margin"] for each in published(tmp_path / "out") if each["partition"] == at) for at in (1, 2)]
     assert margins[1] >= 1
 
 
+    assert "output.jsonl=true is for new partitions: run=000001 stays without JSON lines" in capsys.readouterr().err
+    assert sorted((tmp_path / "out/preferences").rglob("*.*")) == files, "what is published stays as it is"
 @pytest.mark.parametrize(
     ("more", "told"),
     [
