@@ -15,8 +15,13 @@ import pytest
 
 from pipelines.build_preferences import main
 from pipelines.corpus.storage import Storage
+from pipelines.preferences import schema
 from pipelines.preferences.build import Builder
-from pipelines.preferences.schema import STRATEGIES
+from pipelines.preferences.picks import Made
+from pipelines.preferences.settings import BuildConfig
+from pipelines.preferences.strategies import STRATEGIES
+from pipelines.preferences.strategies.pairs import pairs
+from tests.pipelines.preferences import examples
 from tests.pipelines.preferences.fabricate import Row, candidate, damage, publish_corpus, row, table
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -75,7 +80,7 @@ def test_every_prompt_is_built_or_dropped_with_its_cause(corpus: Path, tmp_path:
     assert [each["prompt"][0]["content"] for each in made] == [
         f"Tell me of number {number}." for number in range(40) if number % 3 + 2 > number % 5
     ]
-    assert made[0].keys() == set(STRATEGIES["pairs"].names) - {"split"}
+    assert made[0].keys() == set(schema.STRATEGIES["pairs"].names) - {"split"}
     dropped = pq.read_table(tmp_path / "out" / manifest["dropped"][0]["path"], partitioning=None).to_pylist()
     assert (dropped[0]["shard"], dropped[0]["row"]) == ("corpus/run=000001/part-00000.parquet", 3)
     assert [each["cause"] for each in dropped[:3]] == ["aligned_lost", "aligned_lost", "aligned_lost"]
@@ -205,12 +210,14 @@ def test_another_config_is_refused_unless_it_is_for_what_is_new(
     assert main(job(corpus, tmp_path / "out")) == 0
     assert main(job(corpus, tmp_path / "out", "build.min_margin=1")) == 2
     assert "build.min_margin was 0.0 and is 1.0" in capsys.readouterr().err
+    files = sorted((tmp_path / "out/preferences").rglob("*.*"))
     assert main(job(corpus, tmp_path / "out", "run.num_workers=7", "output.jsonl=true")) == 0
+    assert "output.jsonl=true is for new partitions: run=000001 stays without JSON lines" in capsys.readouterr().err
+    assert sorted((tmp_path / "out/preferences").rglob("*.*")) == files, "what is published stays as it is"
     publish_corpus(corpus, table(rows(40, 10)), number=2)
     new = ["build.min_margin=1", "run.accept_changes=true", "output.jsonl=true"]
     assert main(job(corpus, tmp_path / "out", *new)) == 0
     assert [path.parent.name for path in (tmp_path / "out/preferences").rglob("*.jsonl")] == ["run=000002"]
-    files = sorted((tmp_path / "out/preferences").rglob("*.*"))
     capsys.readouterr()
     assert main(job(corpus, tmp_path / "out", *new[:2])) == 0
     assert "JSON lines" not in capsys.readouterr().err
@@ -218,8 +225,6 @@ def test_another_config_is_refused_unless_it_is_for_what_is_new(
     assert margins[1] >= 1
 
 
-    assert "output.jsonl=true is for new partitions: run=000001 stays without JSON lines" in capsys.readouterr().err
-    assert sorted((tmp_path / "out/preferences").rglob("*.*")) == files, "what is published stays as it is"
 @pytest.mark.parametrize(
     ("more", "told"),
     [
@@ -293,6 +298,80 @@ def test_a_reward_that_is_no_number_stops_the_dataset(tmp_path: Path, capsys: py
     assert main(job(corpus, tmp_path / "out")) == 3
     assert "whose reward is not finite; nothing is published" in capsys.readouterr().err
     assert not (tmp_path / "out/preferences").exists()
+
+
+NUM_UNITS = 6  # of the corpus's row groups
+NUM_BETTER = sum(number % 3 + 2 > number % 5 for number in range(40))
+
+
+def empty(side: str, columns: dict[str, pa.Array]) -> pa.Array:
+    return pa.array(["", *columns[side].to_pylist()[1:]])
+
+
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [
+        (lambda columns: {"rejected": empty("rejected", columns)}, f"{NUM_UNITS} rows with an empty side"),
+        (lambda columns: {"chosen": empty("chosen", columns)}, f"{NUM_UNITS} rows with an empty side"),
+        (lambda columns: {"rejected": columns["chosen"]}, f"{NUM_BETTER} pairs of equal texts"),
+        (
+            lambda columns: {"chosen_reward": columns["rejected_reward"], "rejected_reward": columns["chosen_reward"]},
+            f"{NUM_BETTER} rows whose better side has the lower reward",
+        ),
+    ],
+)
+def test_a_mistake_of_a_strategy_is_found_and_nothing_is_published(
+    mistake: Callable[[dict[str, pa.Array]], dict[str, pa.Array]],
+    told: str,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def mistaken(ranked: pa.Table, build: BuildConfig) -> Made:
+        made = pairs(ranked, build)
+        return made._replace(columns={**made.columns, **mistake(made.columns)})
+
+    monkeypatch.setitem(STRATEGIES, "pairs", mistaken)
+    assert main(job(corpus, tmp_path / "out", "run.unit_rows=64", "export=trl")) == 3
+    assert f"{told}; nothing is published" in capsys.readouterr().err
+    assert not (tmp_path / "out/preferences").exists()
+
+
+@examples.needs_hh_harmless
+def test_real_pairs_come_through_the_job(tmp_path: Path) -> None:
+    """The 1,400 pairs of HH-RLHF, each chosen answer as what was aligned from the rejected one."""
+    real = pq.read_table(examples.EVAL_DATA / "hh_harmless_pairs.parquet").to_pylist()
+    known = {"finish_reason": None, "num_tokens": None}  # as what is stored
+    some = [
+        row(
+            [(turn["role"], turn["content"]) for turn in each["prompt"]],
+            [candidate(each["rejected"], **known)], [candidate(each["chosen"], **known)], str(number),
+        )
+        for number, each in enumerate(real)
+    ]  # fmt: skip
+    corpus = publish_corpus(tmp_path / "corpus", table(some[:700]), table(some[700:]), row_group_size=128)
+    given = [f"input.path={corpus}", f"output.root={tmp_path / 'out'}", "run.unit_rows=128", "export=trl"]
+    assert main(given) == 0
+    wanted, asked = {}, set()
+    for number, each in enumerate(real):
+        prompt = "\n".join(" ".join(f"{turn['role']}: {turn['content']}".lower().split()) for turn in each["prompt"])
+        chosen, rejected = (" ".join(each[side].split()) for side in ("chosen", "rejected"))
+        if prompt not in asked and chosen and rejected and chosen != rejected:
+            wanted[str(number)] = {
+                "prompt": each["prompt"],
+                **{side: [{"role": "assistant", "content": each[side]}] for side in ("chosen", "rejected")},
+            }
+        asked.add(prompt)
+    assert len(wanted) > 1300
+    made = published(tmp_path / "out")
+    assert {
+        each["prompt_id"]: {name: each[name] for name in ("prompt", "chosen", "rejected")} for each in made
+    } == wanted
+    assert len(made) == len(wanted)
+    (manifest,) = manifests(tmp_path / "out")
+    longer = [len(each["chosen"][0]["content"]) - len(each["rejected"][0]["content"]) for each in made]
+    assert manifest["report"]["mean_chosen_minus_rejected_characters"] == pytest.approx(sum(longer) / len(longer))
 
 
 def test_a_dataset_of_a_trainer_has_its_columns_in_parquet_and_in_json_lines(corpus: Path, tmp_path: Path) -> None:
