@@ -55,7 +55,11 @@ def write_index(source: PublishedCorpus, output: Storage, listed: Listed, dedup:
 
 
 def duplicates(output: Storage, listing: list[Listed], prompts: PromptsConfig) -> dict[str, Bools]:
-    """Of each part, by its path, which prompts are not the first of the corpus that ask the same."""
+    """Of each part, by its path, which prompts are not the first of the corpus that ask the same.
+
+    The first counts, not the first that something comes of: that would take every answer of the corpus, each night
+    anew, and what a unit makes would depend on units that are built at the same time, and on what was published before.
+    """
     columns = ["signature", "shingles"] if prompts.dedup == "near" else ["key"]
 
     def read(listed: Listed) -> pa.Table:

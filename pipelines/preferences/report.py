@@ -29,8 +29,8 @@ def print_summary(output: Storage, published: Published, *, jsonl: bool) -> None
     without = [f"run={each['number']:06d}" for each in found if len(each["jsonl"]) < len(each["preferences"])]
     if jsonl and without:
         say(
-            f"output.jsonl=true is for new partitions: {', '.join(without)} stays without JSON lines; to have them, "
-            f"take another output.root"
+            f"output.jsonl=true is for new partitions, and {', '.join(without)} has no JSON lines: to have them, take "
+            f"another output.root"
         )
     partitions = "1 partition" if len(found) == 1 else f"{len(found)} partitions"
     where = f"{output.url}/{output.partitions} ({sum(each['num_made'] for each in found)} rows in {partitions})"

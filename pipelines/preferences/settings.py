@@ -161,7 +161,7 @@ class PromptsConfig:
     dedup: Literal["none", "exact", "near"] = option(
         "exact",
         "of prompts that are the same but for case and white space (near: or whose word triples overlap by `overlap`) "
-        "only the first of the corpus is used",
+        "only the first of the corpus is used, whatever comes of it: the index knows prompts, not answers",
         changes_rows=True,
     )
     overlap: float = option(

@@ -212,7 +212,7 @@ def test_another_config_is_refused_unless_it_is_for_what_is_new(
     assert "build.min_margin was 0.0 and is 1.0" in capsys.readouterr().err
     files = sorted((tmp_path / "out/preferences").rglob("*.*"))
     assert main(job(corpus, tmp_path / "out", "run.num_workers=7", "output.jsonl=true")) == 0
-    assert "output.jsonl=true is for new partitions: run=000001 stays without JSON lines" in capsys.readouterr().err
+    assert "output.jsonl=true is for new partitions, and run=000001 has no JSON lines" in capsys.readouterr().err
     assert sorted((tmp_path / "out/preferences").rglob("*.*")) == files, "what is published stays as it is"
     publish_corpus(corpus, table(rows(40, 10)), number=2)
     new = ["build.min_margin=1", "run.accept_changes=true", "output.jsonl=true"]
