@@ -1,12 +1,11 @@
 """The engines of production through the command line: vLLM, and a tensor parallel group on logical GPUs."""
 
-import contextlib
 from pathlib import Path
 
 import psutil
 
 from tests.end_to_end.conftest import RayHead, Reference, tiny_pool
-from tests.end_to_end.jobs import STAGES, CommandLine, corpus, num_units
+from tests.end_to_end.jobs import STAGES, CommandLine, corpus, followers, num_units
 from tests.processes import assert_gone, killed
 
 NUM_UNITS = 9  # of `job`
@@ -51,21 +50,12 @@ def test_a_tensor_parallel_aligner_says_what_one_process_says_though_a_rank_is_k
     shards = ["aligner.tensor_parallel_size=2", "aligner.num_gpus=2"]
     running = command_line.start(*job, f"output.root={tmp_path}", *shards)
     running.until(lambda: num_units(tmp_path), "the first unit was committed")
-    (rank,) = followers(ray_head)
+    raylet = psutil.Process(ray_head.raylet)
+    (rank,) = followers(raylet)
     (actor,) = running.actors("aligner")
     assert killed(rank)
     assert num_units(tmp_path) < NUM_UNITS, "it was over before the rank died"
-    running.until(lambda: set(followers(ray_head)) - {rank}, "rank 0 had another beside it again")
+    running.until(lambda: set(followers(raylet)) - {rank}, "rank 0 had another beside it again")
     assert running.actors("aligner") == [actor]
     running.wait().expect(0)
     assert corpus(tmp_path) == reference.rows
-
-
-def followers(head: RayHead) -> list[psutil.Process]:
-    """The ranks but the first of the tensor parallel groups on a head."""
-    found = []
-    for process in psutil.Process(head.raylet).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if any("follow(" in word for word in process.cmdline()):
-                found.append(process)
-    return found
