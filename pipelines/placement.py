@@ -104,6 +104,20 @@ def node_ids(needs: list[Need]) -> dict[str, list[str]]:
     return {name: [node.id for node in nodes] for name, nodes in places.items()}
 
 
+def told(needs: list[Need], wait_s: float) -> list[str]:
+    """For a person: what would run on each of the cluster's nodes, and what a job would wait for.
+
+    Raises ConfigError where it would be refused at once.
+    """
+    missing = _to_wait_for(needs)
+    places = node_ids(needs)
+    lines = []
+    for node in live_nodes():
+        here = [f"{count} of {name}" for name, ids in places.items() if (count := ids.count(node.id))]
+        lines.append(f"node {node}: {', '.join(here) or 'nothing'}")
+    return [*lines, *(f"waits up to {wait_s:g} s for nodes: {need}" for need in missing)]
+
+
 def refusal(needs: list[Need], nodes: list[Node], why: str) -> ConfigError | None:
     """The error for needs that do not fit, which says what each asks for and what there is; None when they fit."""
     missing = left_over(needs, nodes)
@@ -141,11 +155,8 @@ def wait_until_placeable(
     Raises ConfigError as soon as the autoscaler finds that all the nodes it may add would not do, and TransientError
     when the wait is over.
     """
-    error = refusal(needs, live_nodes(), "on this cluster")
-    if error is None:
+    if not _to_wait_for(needs):
         return
-    if not is_autoscaler_v2():  # the first one knows no labels, and none tells what it may add
-        raise error
     try:
         _request(needs)
         asked = _status().cluster_resource_state.cluster_resource_state_version
@@ -169,6 +180,15 @@ def wait_until_placeable(
             _request(needs)  # again: Ray keeps one request, and what Ray Data of an earlier job left here sends its own
     finally:
         _request([])  # what is asked for would be kept for ever; from here on the pools themselves hold the nodes
+
+
+def _to_wait_for(needs: list[Need]) -> list[Need]:
+    """What has no place on the nodes that there are; [] when all has. Raises ConfigError where there may be no more."""
+    nodes = live_nodes()
+    error = refusal(needs, nodes, "on this cluster")
+    if error is not None and not is_autoscaler_v2():  # the first one knows no labels, and none tells what it may add
+        raise error
+    return left_over(needs, nodes)
 
 
 def _request(needs: list[Need]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -82,6 +83,19 @@ def test_replicas_stay_whole_on_their_nodes(nodes: Nodes, job: list[str]) -> Non
     assert "the pools do not fit on this cluster: no place for 1 of aligner" in refused.stderr.replace(
         "2 of policy, ", ""
     )
+
+    dry = nodes.command_line.run(*job, *pools, "aligner.replicas=4", "--dry-run").expect(2)
+    assert dry.errors == refused.errors
+    assert len(re.findall(r"[:;] [0-9.]+: 8 GPUs, 16 CPUs, zone=a", refused.stderr)) == 3
+
+    dry = nodes.command_line.run(*job, *pools, "aligner.replicas=3", "--dry-run").expect(0)
+    held = [
+        {name: int(count) for count, name in re.findall(r"([0-9]+) of (\w+)", here)}
+        for here in re.findall(r"^node [0-9.]+: 8 GPUs, 16 CPUs, zone=a: (.+)$", dry.stdout, re.MULTILINE)
+    ]
+    assert [each["aligner"] for each in held] == [1, 1, 1]
+    assert sorted(each.get("policy", 0) for each in held) == [0, 1, 1]
+    assert [sum(each.get(name, 0) for each in held) for name in ("reading", "committing")] == [2, 1]
 
     running = nodes.command_line.start(*job, *pools, "aligner.replicas=3")
     placed = running.until(lambda: found if (found := nodes.where(running, "aligner")).total() == 3 else None, "3 run")

@@ -6,10 +6,10 @@ from random import Random
 import pytest
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
-from actors.contract import TransientError
+from actors.contract import ConfigError, TransientError
 from pipelines import placement
 from pipelines.config import compose
-from pipelines.placement import Need, Node, fit, left_over, node_ids, refusal, wait_until_placeable
+from pipelines.placement import Need, Node, fit, left_over, node_ids, refusal, told, wait_until_placeable
 from pipelines.settings import AlignCorpusConfig
 from pipelines.stream import needs
 
@@ -70,6 +70,25 @@ def test_replicas_are_spread_over_what_is_free_where_all_fit(
     monkeypatch.setattr(placement, "live_nodes", live_nodes)
     planned = node_ids([Need("policy", 2, 1, 3), Need("aligner", 1, 1, 5)])
     assert planned == {"policy": [*policies], "aligner": [*aligner]}
+
+
+def test_a_person_is_told_what_would_run_on_each_node_and_what_would_be_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    needs = [Need("policy", 2, 1, 1), Need("aligner", 3, 1, 8)]
+    monkeypatch.setattr(placement, "live_nodes", lambda free=False: [replace(node, id=node.name) for node in EIGHT])
+    monkeypatch.setattr(placement, "is_autoscaler_v2", lambda: True)
+    assert told(needs, 600) == [
+        "node a: 8 GPUs, 32 CPUs: 1 of aligner",
+        "node b: 8 GPUs, 32 CPUs: 1 of aligner",
+        "waits up to 600 s for nodes: aligner: 1 x 8 GPUs and 1 CPUs",
+        "waits up to 600 s for nodes: policy: 2 x 1 GPUs and 1 CPUs",
+    ]
+    assert told(needs[:1], 600) == ["node a: 8 GPUs, 32 CPUs: 1 of policy", "node b: 8 GPUs, 32 CPUs: 1 of policy"]
+
+    monkeypatch.setattr(placement, "is_autoscaler_v2", lambda: False)
+    with pytest.raises(ConfigError, match="no place for 1 of aligner"):
+        told(needs, 600)
 
 
 def feasible(needs: list[Need], nodes: list[Node]) -> bool:
