@@ -12,9 +12,13 @@ from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
 from actors.contract import ConfigError, TransientError
+from actors.engines.footprint import weights_on_cpu
+from actors.pool import PoolConfig
 
 POLL_S = 2.0
 STATUS_TIMEOUT_S = 30.0
+PROCESS_BYTES = 256 << 20
+"""Memory of its own that an engine's process takes before it holds a model, at least: 286 MiB seen with `torch`."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,35 @@ def remedy(need: Need, nodes: list[Node]) -> str:
 def arithmetic(needs: list[Need], nodes: list[Node]) -> str:
     """What is asked for, and what there is."""
     return f"Asked for: {'; '.join(map(str, needs))}. Nodes: {'; '.join(map(str, nodes)) or 'none'}"
+
+
+def memory_refusal(pools: Mapping[str, PoolConfig], has: int) -> ConfigError | None:
+    """The error for engines on CPUs that need more than a machine's `has` bytes of memory; None where they may fit.
+
+    Only what is certain is counted, weights and processes: KV caches and activations come on top.
+    """
+    asked: list[str] = []
+    shared: dict[str, int] = {}
+    in_all = 0
+    for name, pool in pools.items():
+        if pool.engine in ("torch", "vllm") and not pool.num_gpus:
+            own, mapped = weights_on_cpu(pool)
+            shared[pool.model] = max(mapped, shared.get(pool.model, 0))
+            each = pool.tensor_parallel_size * PROCESS_BYTES + own
+            in_all += pool.replicas * each
+            asked.append(f"{name}: {pool.replicas} x {_gib(each)}")
+    in_all += (once := sum(shared.values()))
+    if in_all <= has:
+        return None
+    return ConfigError(
+        f"the pools do not fit into this machine's memory of {_gib(has)}: weights and processes alone take "
+        f"{_gib(in_all)} ({'; '.join(asked)}; weights that replicas share: {_gib(once)}). Lower replicas, or name a "
+        "cluster (site.ray_address or RAY_ADDRESS)"
+    )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 def wait_until_placeable(

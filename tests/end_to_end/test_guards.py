@@ -75,8 +75,9 @@ def hanging(started: Hanging) -> Iterator[Hanging]:
             ["aligner.engine=vllm", "aligner.recipe=diffpo", "aligner.max_iterations=6"],
             "max_iterations=6 needs engine=torch: vllm can only decode until nothing changes; set max_iterations to",
         ),
+        (["policy.replicas=100000"], "the pools do not fit into this machine's memory of "),
     ],
-    ids=["unknown-key", "mistyped-value", "missing-model", "missing-input", "iterations-in-vllm"],
+    ids=["unknown-key", "mistyped-value", "missing-model", "missing-input", "iterations-in-vllm", "no-memory"],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
     arguments: list[str], message: str, job: list[str], lone_command_line: CommandLine, tmp_path: Path
