@@ -16,16 +16,22 @@ from ray._private import ray_constants
 from actors.contract import ConfigError, TransientError
 
 
+def named_cluster(address: str | None) -> str | None:
+    """The cluster to join: at `address` (site.ray_address), else RAY_ADDRESS; None where the job starts a Ray here."""
+    named = address or os.environ.get("RAY_ADDRESS") or "local"
+    return None if named == "local" else named
+
+
 def join_or_start(address: str | None, num_cpus: float) -> None:
-    """Join the cluster at `address` or RAY_ADDRESS, else start one here, of `num_cpus` logical CPUs at least; return at
+    """Join the cluster that `named_cluster` says, else start one here, of `num_cpus` logical CPUs at least; return at
     once where that has been done.
 
     Raises ConfigError where no cluster there lets this job in, and TransientError where one does not start in time.
     """
     if ray.is_initialized():
         return
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    if address == "local":
+    cluster = named_cluster(address)
+    if cluster is None:
         # Nobody else is to reach it: Ray would listen on every address of the machine, whatever `_node_ip_address` is.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         ray_constants.ENABLE_RAY_CLUSTER = False  # the same, which was read when Ray was imported
@@ -42,10 +48,10 @@ def join_or_start(address: str | None, num_cpus: float) -> None:
             raise TransientError("Ray did not start here in time: this machine has too much else to do") from error
     else:
         try:
-            ray.init(address=address, logging_level=logging.ERROR)
+            ray.init(address=cluster, logging_level=logging.ERROR)
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:  # a wrong token is a ConnectionError too
             raise ConfigError(
-                f"no Ray cluster at {address} (site.ray_address or RAY_ADDRESS) lets this job in: there is none, or it "
+                f"no Ray cluster at {cluster} (site.ray_address or RAY_ADDRESS) lets this job in: there is none, or it "
                 "wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to what "
                 "`ray get-auth-token` prints on its head"
             ) from error

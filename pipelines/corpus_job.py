@@ -11,7 +11,7 @@ from pipelines.corpus.shards import Input
 from pipelines.corpus.storage import Storage
 from pipelines.job import Job
 from pipelines.settings import JobConfig, fingerprint, notes
-from pipelines.stream import connect, stream
+from pipelines.stream import connect, nodes_told, stream
 
 
 class CorpusJob(Job[JobConfig]):
@@ -48,7 +48,8 @@ class CorpusJob(Job[JobConfig]):
 
     def print_dry_run(self, plan: Plan) -> None:
         made_of = digest(self.fingerprint(plan.kept_types))
-        report.print_dry_run(self.config, self.source, plan, made_of, latest_pace(self.output))
+        nodes = nodes_told(self.config)
+        report.print_dry_run(self.config, self.source, plan, made_of, latest_pace(self.output), nodes)
 
     def print_summary(self, plan: Plan, published: Published) -> None:
         report.print_summary(self.config, self.output, plan, published)

@@ -12,9 +12,13 @@ from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
 from actors.contract import ConfigError, TransientError
+from actors.engines.footprint import weights_on_cpu
+from actors.pool import PoolConfig
 
 POLL_S = 2.0
 STATUS_TIMEOUT_S = 30.0
+PROCESS_BYTES = 256 << 20
+"""Memory of its own that an engine's process takes before it holds a model, at least: 286 MiB seen with `torch`."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,20 @@ def node_ids(needs: list[Need]) -> dict[str, list[str]]:
     return {name: [node.id for node in nodes] for name, nodes in places.items()}
 
 
+def told(needs: list[Need], wait_s: float) -> list[str]:
+    """For a person: what would run on each of the cluster's nodes, and what a job would wait for.
+
+    Raises ConfigError where it would be refused at once.
+    """
+    missing = _to_wait_for(needs)
+    places = node_ids(needs)
+    lines = []
+    for node in live_nodes():
+        here = [f"{count} of {name}" for name, ids in places.items() if (count := ids.count(node.id))]
+        lines.append(f"node {node}: {', '.join(here) or 'nothing'}")
+    return [*lines, *(f"waits up to {wait_s:g} s for nodes: {need}" for need in missing)]
+
+
 def refusal(needs: list[Need], nodes: list[Node], why: str) -> ConfigError | None:
     """The error for needs that do not fit, which says what each asks for and what there is; None when they fit."""
     missing = left_over(needs, nodes)
@@ -131,6 +149,35 @@ def arithmetic(needs: list[Need], nodes: list[Node]) -> str:
     return f"Asked for: {'; '.join(map(str, needs))}. Nodes: {'; '.join(map(str, nodes)) or 'none'}"
 
 
+def memory_refusal(pools: Mapping[str, PoolConfig], has: int) -> ConfigError | None:
+    """The error for engines on CPUs that need more than a machine's `has` bytes of memory; None where they may fit.
+
+    Only what is certain is counted, weights and processes: KV caches and activations come on top.
+    """
+    asked: list[str] = []
+    shared: dict[str, int] = {}
+    in_all = 0
+    for name, pool in pools.items():
+        if pool.engine in ("torch", "vllm") and not pool.num_gpus:
+            own, mapped = weights_on_cpu(pool)
+            shared[pool.model] = max(mapped, shared.get(pool.model, 0))
+            each = pool.tensor_parallel_size * PROCESS_BYTES + own
+            in_all += pool.replicas * each
+            asked.append(f"{name}: {pool.replicas} x {_gib(each)}")
+    in_all += (once := sum(shared.values()))
+    if in_all <= has:
+        return None
+    return ConfigError(
+        f"the pools do not fit into this machine's memory of {_gib(has)}: weights and processes alone take "
+        f"{_gib(in_all)} ({'; '.join(asked)}; weights that replicas share: {_gib(once)}). Lower replicas, or name a "
+        "cluster (site.ray_address or RAY_ADDRESS)"
+    )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
 def wait_until_placeable(
     needs: list[Need], wait_s: float, *, say_every_s: float, announce: Callable[[str], None]
 ) -> None:
@@ -141,11 +188,8 @@ def wait_until_placeable(
     Raises ConfigError as soon as the autoscaler finds that all the nodes it may add would not do, and TransientError
     when the wait is over.
     """
-    error = refusal(needs, live_nodes(), "on this cluster")
-    if error is None:
+    if not _to_wait_for(needs):
         return
-    if not is_autoscaler_v2():  # the first one knows no labels, and none tells what it may add
-        raise error
     try:
         _request(needs)
         asked = _status().cluster_resource_state.cluster_resource_state_version
@@ -169,6 +213,15 @@ def wait_until_placeable(
             _request(needs)  # again: Ray keeps one request, and what Ray Data of an earlier job left here sends its own
     finally:
         _request([])  # what is asked for would be kept for ever; from here on the pools themselves hold the nodes
+
+
+def _to_wait_for(needs: list[Need]) -> list[Need]:
+    """What has no place on the nodes that there are; [] when all has. Raises ConfigError where there may be no more."""
+    nodes = live_nodes()
+    error = refusal(needs, nodes, "on this cluster")
+    if error is not None and not is_autoscaler_v2():  # the first one knows no labels, and none tells what it may add
+        raise error
+    return left_over(needs, nodes)
 
 
 def _request(needs: list[Need]) -> None:

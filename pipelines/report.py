@@ -146,7 +146,9 @@ def _print_text(name: str, text: str) -> None:
 # --- the dry run ----------------------------------------------------------------------------------------------------
 
 
-def print_dry_run(config: JobConfig, source: Input, plan: Plan, made_of: str, pace: Mapping[str, Any] | None) -> None:
+def print_dry_run(
+    config: JobConfig, source: Input, plan: Plan, made_of: str, pace: Mapping[str, Any] | None, nodes: list[str]
+) -> None:
     """The plan, the pools, what the rows may take, and the first prompts exactly as each model will see them.
 
     Nothing is written or started.
@@ -154,6 +156,7 @@ def print_dry_run(config: JobConfig, source: Input, plan: Plan, made_of: str, pa
     Args:
         made_of: digest of the fingerprint that the job would have.
         pace: of the last run on the root, if there is one.
+        nodes: lines that say what would run where.
     """
     print(
         f"input: {plan.num_shards} shards, {plan.num_finished} of them published before; {plan.num_done_rows} rows done"
@@ -179,6 +182,8 @@ def print_dry_run(config: JobConfig, source: Input, plan: Plan, made_of: str, pa
             print(f"{name}: {_memory(pool, tokens)}")
         if plan.num_rows:
             _print_tokens(name, pool, tokens, plan.num_rows, known)
+    for line in nodes:
+        print(line)
     if plan.num_rows:
         _print_cost(config, plan.num_rows, pace, known)
     for note in notes(config):

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
+from ray._common.utils import get_system_memory
 from ray.data._internal.execution import backpressure_policy as backpressure
 from ray.data.context import AutoscalingConfig
 
@@ -18,7 +19,7 @@ from actors.policy import PolicyStage
 from actors.pool import add_pool, planned
 from actors.reward import RewardStage
 from pipelines import report
-from pipelines.cluster import data_context, join_or_start, mistakes_told
+from pipelines.cluster import data_context, join_or_start, mistakes_told, named_cluster
 from pipelines.corpus.attempts import Attempts
 from pipelines.corpus.commit import Committer
 from pipelines.corpus.plan import Plan
@@ -27,7 +28,7 @@ from pipelines.corpus.runs import write_pace
 from pipelines.corpus.shards import Input
 from pipelines.corpus.storage import Storage
 from pipelines.corpus.tasks import Tasks, grouped
-from pipelines.placement import Need, node_ids, wait_until_placeable
+from pipelines.placement import Need, memory_refusal, node_ids, told, wait_until_placeable
 from pipelines.progress import Tally, read_board, shown
 from pipelines.settings import AlignCorpusConfig, JobConfig, pools, rewards
 
@@ -189,7 +190,28 @@ def connect(config: JobConfig) -> None:
 
     Raises ConfigError where they never will, and TransientError where the nodes for them did not come in time.
     """
+    refuse_beyond_memory(config)
     join_or_start(config.site.ray_address, sum(need.count * need.cpus for need in needs(config)))
     wait_until_placeable(
         needs(config), config.run.wait_for_resources_s, say_every_s=config.site.log_every_s, announce=report.say
     )
+
+
+def refuse_beyond_memory(config: JobConfig) -> None:
+    """Where the job starts Ray itself CPUs are no limit, but memory is. Raises ConfigError when it cannot do."""
+    if named_cluster(config.site.ray_address) is None:
+        error = memory_refusal(pools(config), get_system_memory())
+        if error is not None:
+            raise error
+
+
+def nodes_told(config: JobConfig) -> list[str]:
+    """For a person: what `connect` would find, on the cluster that is named, which is joined; nothing is started.
+
+    Raises ConfigError where that would be refused at once.
+    """
+    refuse_beyond_memory(config)
+    if named_cluster(config.site.ray_address) is None:
+        return ["nodes: not looked at, as no cluster is named (site.ray_address or RAY_ADDRESS)"]
+    join_or_start(config.site.ray_address, 0)
+    return told(needs(config), config.run.wait_for_resources_s)

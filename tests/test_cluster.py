@@ -1,5 +1,6 @@
 """cluster.yaml and conf/cluster: what Ray's launcher and KubeRay say of them, and what must never be open."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -16,10 +17,12 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import jsonschema
+import pydantic.dataclasses
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from pydantic import TypeAdapter, ValidationError
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.kuberay.utils import parse_quantity
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -221,7 +224,7 @@ def job() -> dict[str, Any]:
 
 
 def mistakes(loaded: dict[str, Any]) -> list[str]:
-    """What the CRD of the manifest's kind has against it."""
+    """What the excerpt of its kind's CRD has against a manifest."""
     schema = json.loads(SCHEMA.read_text())
     validator = jsonschema.Draft202012Validator({**schema, "$ref": f"#/$defs/{loaded['kind']}"})
     return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(loaded)]
@@ -275,7 +278,32 @@ def limits(group: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", ["rayjob.yaml", "nightly.yaml"])
 def test_kuberay_knows_every_key_of_the_manifests(name: str) -> None:
+    """An excerpt of the CRDs of KubeRay 1.7.0, as no package registry has them: only what the manifests use."""
     assert mistakes(manifest(name)) == []
+
+
+@pytest.fixture
+def pod_spec(monkeypatch: pytest.MonkeyPatch) -> TypeAdapter[Any]:
+    """The whole of Kubernetes' type of a pod, which takes no unknown key and no other type.
+
+    lightkube-models makes its classes by the decorator of lightkube, a client that is not installed here.
+    """
+    strict = pydantic.dataclasses.dataclass(config={"extra": "forbid", "strict": True})
+    schema = {"dataclass": strict, "field": dataclasses.field, "DictMixin": object}
+    for name, members in {"lightkube.core": {}, "lightkube.core.schema": schema}.items():
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    return TypeAdapter(importlib.import_module("lightkube.models.core_v1").PodSpec)
+
+
+def test_kubernetes_knows_every_key_of_the_pods(pod_spec: TypeAdapter[Any]) -> None:
+    for pod in pods(job()).values():
+        pod_spec.validate_json(json.dumps(pod))
+    (toleration,) = pods(job())["policy"]["tolerations"]
+    for mistyped in ({"tolerations": [{**toleration, "efect": "NoSchedule"}]}, {"tolerations": [{"key": 1}]}):
+        with pytest.raises(ValidationError, match=r"tolerations\.0\."):
+            pod_spec.validate_json(json.dumps({**pods(job())["policy"], **mistyped}))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """The README's code runs, its keys exist, and its links lead somewhere."""
 
+import os
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -56,7 +58,8 @@ JOBS: dict[str, tuple[type[AlignCorpusConfig | ScoreCorpusConfig | BuildPreferen
 def commands() -> list[tuple[str, list[str]]]:
     """Script and arguments of every command of the README that runs a job."""
     lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [(job, shlex.split(line.partition(job)[2])) for line in lines for job in JOBS if job in line]
+    found = [(job, line.partition(job)[2]) for line in lines for job in JOBS if job in line]
+    return [(job, shlex.split(rest.partition(">>")[0])) for job, rest in found]
 
 
 @pytest.mark.parametrize(("job", "arguments"), commands())
@@ -66,6 +69,22 @@ def test_every_command_is_a_config(job: str, arguments: list[str], monkeypatch: 
     config, _ = compose(schema, arguments, prog=job, description="", groups=groups)
     assert config.output.root
     assert {job for job, _ in commands()} == JOBS.keys()
+
+
+def test_the_night_is_added_to_what_cron_does_already(tmp_path: Path) -> None:
+    crontab = tmp_path / "crontab"
+    crontab.write_text('#!/bin/sh\nif [ "$1" = -l ]; then echo "5 4 * * * true"; else cat > "$0.new"; fi\n')
+    crontab.chmod(0o755)
+    (command,) = [block for block in blocks("bash") if "crontab" in block]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(["bash", "-ec", command], cwd=ROOT, env={"PATH": path}, check=True, timeout=10)
+    before, line = (tmp_path / "crontab.new").read_text().splitlines()
+    assert before == "5 4 * * * true"
+    *when, does = line.split(maxsplit=5)
+    assert when == ["0", "1", "*", "*", "*"]
+    assert does.startswith(f"cd {ROOT} && .venv/bin/python pipelines/align_corpus.py policy=vllm ")
+    assert "%" not in does, "which to cron is the end of the line"
+    assert shlex.split(does)[5:-3] in [arguments for _, arguments in commands()]
 
 
 def test_every_link_leads_to_a_file() -> None:

@@ -15,6 +15,8 @@ from actors.engines.identity import safetensors_header
 _CONVERTED = ("F64", "F32", "F16", "BF16")
 """Of safetensors: what is loaded in the configured dtype; others, those of quantized weights, stay as they are."""
 
+_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
 _PROJECTION = re.compile(r"\.(k|v|qkv)_proj\.weight$")
 _TOWER = re.compile("vision|visual|audio|image|speech")
 
@@ -49,7 +51,7 @@ def footprint(config: EngineConfig) -> Footprint | None:
     if found is None:
         return None
     folder, tensors = found
-    width = 4 if config.dtype == "float32" else 2
+    width = _width(config)
     ranks = config.tensor_parallel_size
     sizes = {name: _size(tensor, width) for name, tensor in tensors.items()}
     whole = sum(size for name, size in sizes.items() if len(tensors[name]["shape"]) < 2)
@@ -62,6 +64,23 @@ def footprint(config: EngineConfig) -> Footprint | None:
     heads = _kv_heads(text, tensors)
     token_bytes = heads and 2 * text.num_hidden_layers * max(1, heads // ranks) * _head_dim(text) * width
     return Footprint(weight_bytes, token_bytes, _max_len(config, text))
+
+
+def weights_on_cpu(config: EngineConfig) -> tuple[int, int]:
+    """Least bytes of a model's weights in a machine's memory: (what each replica holds, what all of them share).
+
+    They share what `torch` maps from the file as it is there: tensors that need not be converted to the dtype.
+    (0, 0) where `footprint` is None.
+    """
+    found = _headers(config)
+    own = shared = 0
+    for tensor in found[1].values() if found else ():
+        size = _size(tensor, _width(config))
+        if config.engine == "torch" and tensor["dtype"] not in set(_CONVERTED) - {_STORED[config.dtype]}:
+            shared += size
+        else:
+            own += size
+    return own, shared
 
 
 def longest(model_config: Any, max_model_len: int | None) -> int:
@@ -145,6 +164,11 @@ def _tensors(folder: Path) -> dict[str, dict[str, Any]] | None:
         return None
     found = {name: tensor for path in paths for name, tensor in json.loads(safetensors_header(path)).items()}
     return {name: tensor for name, tensor in found.items() if name != "__metadata__"}
+
+
+def _width(config: EngineConfig) -> int:
+    """Bytes of an element in the configured dtype."""
+    return 4 if config.dtype == "float32" else 2
 
 
 def _size(tensor: dict[str, Any], width: int) -> int:

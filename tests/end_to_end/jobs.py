@@ -118,6 +118,16 @@ def children(process: psutil.Process) -> list[psutil.Process]:
     return []
 
 
+def followers(ancestor: psutil.Process) -> list[psutil.Process]:
+    """The ranks but the first of the tensor parallel torch engines below a process."""
+    found = []
+    for process in ancestor.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any("follow(" in word for word in process.cmdline()):
+                found.append(process)
+    return found
+
+
 def _is_actor(process: psutil.Process, stage: str) -> bool:
     with contextlib.suppress(psutil.Error):
         title = process.cmdline()

@@ -75,8 +75,9 @@ def hanging(started: Hanging) -> Iterator[Hanging]:
             ["aligner.engine=vllm", "aligner.recipe=diffpo", "aligner.max_iterations=6"],
             "max_iterations=6 needs engine=torch: vllm can only decode until nothing changes; set max_iterations to",
         ),
+        (["policy.replicas=100000"], "the pools do not fit into this machine's memory of "),
     ],
-    ids=["unknown-key", "mistyped-value", "missing-model", "missing-input", "iterations-in-vllm"],
+    ids=["unknown-key", "mistyped-value", "missing-model", "missing-input", "iterations-in-vllm", "no-memory"],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
     arguments: list[str], message: str, job: list[str], lone_command_line: CommandLine, tmp_path: Path
@@ -191,6 +192,7 @@ def test_a_dry_run_shows_what_each_model_will_see_and_take_and_writes_nothing(
     asked_of = [[answer["num_prompt_tokens"] for answer in row["responses"]] for row in reference.rows]
     read = [next(count for count in counts if count is not None) for counts in asked_of]  # a failed candidate has none
     assert f"the longest {max(read)}; {sum(read)} in all (every row read)" in completed.stdout
+    assert "nodes: not looked at, as no cluster is named (site.ray_address or RAY_ADDRESS)" in completed.stdout
     assert "time and cost: unknown, as no run on this root has come to its end; --limit N makes" in completed.stdout
     assert not (tmp_path / "output").exists()
     assert files(tmp_path) == {}

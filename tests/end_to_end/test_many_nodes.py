@@ -2,11 +2,13 @@
 
 import asyncio
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
@@ -18,7 +20,7 @@ from actors.recipes import aligner_input
 from pipelines.config import compose
 from pipelines.settings import AlignCorpusConfig
 from tests.end_to_end.conftest import tiny_pool
-from tests.end_to_end.jobs import CommandLine, Job, corpus, num_units, plain_environment, write_shard
+from tests.end_to_end.jobs import CommandLine, Job, corpus, followers, num_units, plain_environment, write_shard
 
 NUM_ROWS = 120
 TEXTS = [f"Text {number}." for number in range(NUM_ROWS)]
@@ -82,10 +84,42 @@ def test_replicas_stay_whole_on_their_nodes(nodes: Nodes, job: list[str]) -> Non
         "2 of policy, ", ""
     )
 
+    dry = nodes.command_line.run(*job, *pools, "aligner.replicas=4", "--dry-run").expect(2)
+    assert dry.errors == refused.errors
+    assert len(re.findall(r"[:;] [0-9.]+: 8 GPUs, 16 CPUs, zone=a", refused.stderr)) == 3
+
+    dry = nodes.command_line.run(*job, *pools, "aligner.replicas=3", "--dry-run").expect(0)
+    held = [
+        {name: int(count) for count, name in re.findall(r"([0-9]+) of (\w+)", here)}
+        for here in re.findall(r"^node [0-9.]+: 8 GPUs, 16 CPUs, zone=a: (.+)$", dry.stdout, re.MULTILINE)
+    ]
+    assert [each["aligner"] for each in held] == [1, 1, 1]
+    assert sorted(each.get("policy", 0) for each in held) == [0, 1, 1]
+    assert [sum(each.get(name, 0) for each in held) for name in ("reading", "committing")] == [2, 1]
+
     running = nodes.command_line.start(*job, *pools, "aligner.replicas=3")
     placed = running.until(lambda: found if (found := nodes.where(running, "aligner")).total() == 3 else None, "3 run")
     assert sorted(placed.values()) == [1, 1, 1]
     running.wait().expect(0)
+
+
+@pytest.mark.long
+def test_tensor_parallel_groups_stay_on_their_nodes(
+    nodes: Nodes, job: list[str], tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Three nodes of 8 GPUs, of which the policy leaves 2 each: an aligner of two ranks on every node, real engines."""
+    others = [add_node(nodes.cluster, num_gpus=8) for _ in range(2)]
+    pools = [*STORED, "policy.num_gpus=6", "policy.replicas=3", *tiny_pool("aligner", tiny_llama, max_tokens=24)]
+    pools += ["aligner.num_gpus=2", "aligner.tensor_parallel_size=2", "aligner.template={{ question }} {{ answer }}"]
+    running = nodes.command_line.start(*job, *pools, "aligner.replicas=3")
+    below = [psutil.Process(raylet(node)) for node in (nodes.cluster.head_node, *others)]
+    running.until(lambda: all(map(followers, below)), "each node had a second rank")
+    assert nodes.where(running, "aligner") == {node.pid: 1 for node in below}
+    assert [len(followers(actor)) for actor in running.actors("aligner")] == [1, 1, 1]
+    running.wait().expect(0)
+    rows = corpus(tmp_path / "output")
+    one_rank = ["aligner.num_gpus=0", "aligner.tensor_parallel_size=1"]
+    assert [row["aligned"][0]["text"] for row in rows] == aligned_undisturbed([*job, *pools, *one_rank])
 
 
 @pytest.mark.long

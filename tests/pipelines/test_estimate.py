@@ -227,7 +227,7 @@ def test_the_board_knows_since_when_every_pool_runs(monkeypatch: pytest.MonkeyPa
 
 def told(config: AlignCorpusConfig, folder: Path, pace: Any, capsys: pytest.CaptureFixture[str]) -> str:
     source, plan = shards(folder / "in", 1, 200, lambda _: "How?")
-    report.print_dry_run(config, source, plan, "d", pace)
+    report.print_dry_run(config, source, plan, "d", pace, [])
     return capsys.readouterr().out
 
 
@@ -351,5 +351,5 @@ def test_a_stored_answer_is_shown_as_the_aligner_is_given_it(
     config = config_of(model, policy=PolicyConfig(model="label", engine="stored"), aligner=aligner, input=given)
     source = Input(given.path)
     plan = plan_of(source, given, Storage(str(tmp_path / "out")))
-    report.print_dry_run(config, source, plan, "d", None)
+    report.print_dry_run(config, source, plan, "d", None, [])
     assert capsys.readouterr().out.endswith(", where the aligner begins:\n  So.\n")

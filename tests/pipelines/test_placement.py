@@ -1,16 +1,29 @@
 """Whether pools fit onto nodes, and what a person is told when they do not."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
-from actors.contract import TransientError
+from actors.contract import ConfigError, TransientError
 from pipelines import placement
 from pipelines.config import compose
-from pipelines.placement import Need, Node, fit, left_over, node_ids, refusal, wait_until_placeable
-from pipelines.settings import AlignCorpusConfig
+from pipelines.placement import (
+    PROCESS_BYTES,
+    Need,
+    Node,
+    fit,
+    left_over,
+    memory_refusal,
+    node_ids,
+    refusal,
+    told,
+    wait_until_placeable,
+)
+from pipelines.settings import AlignCorpusConfig, pools
 from pipelines.stream import needs
 
 EIGHT = [Node("a", 32, 8), Node("b", 32, 8)]
@@ -70,6 +83,25 @@ def test_replicas_are_spread_over_what_is_free_where_all_fit(
     monkeypatch.setattr(placement, "live_nodes", live_nodes)
     planned = node_ids([Need("policy", 2, 1, 3), Need("aligner", 1, 1, 5)])
     assert planned == {"policy": [*policies], "aligner": [*aligner]}
+
+
+def test_a_person_is_told_what_would_run_on_each_node_and_what_would_be_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    needs = [Need("policy", 2, 1, 1), Need("aligner", 3, 1, 8)]
+    monkeypatch.setattr(placement, "live_nodes", lambda free=False: [replace(node, id=node.name) for node in EIGHT])
+    monkeypatch.setattr(placement, "is_autoscaler_v2", lambda: True)
+    assert told(needs, 600) == [
+        "node a: 8 GPUs, 32 CPUs: 1 of aligner",
+        "node b: 8 GPUs, 32 CPUs: 1 of aligner",
+        "waits up to 600 s for nodes: aligner: 1 x 8 GPUs and 1 CPUs",
+        "waits up to 600 s for nodes: policy: 2 x 1 GPUs and 1 CPUs",
+    ]
+    assert told(needs[:1], 600) == ["node a: 8 GPUs, 32 CPUs: 1 of policy", "node b: 8 GPUs, 32 CPUs: 1 of policy"]
+
+    monkeypatch.setattr(placement, "is_autoscaler_v2", lambda: False)
+    with pytest.raises(ConfigError, match="no place for 1 of aligner"):
+        told(needs, 600)
 
 
 def feasible(needs: list[Need], nodes: list[Node]) -> bool:
@@ -168,3 +200,33 @@ def test_what_reading_and_committing_take_is_counted() -> None:
 )
 def test_the_refusal_says_what_to_change(need: Need, told: str) -> None:
     assert f"no place for 1 of policy ({told}). " in str(refusal([need], EIGHT, "on this cluster"))
+
+
+# --- this machine's memory, where the job starts Ray itself ---------------------------------------------------------
+
+
+def test_engines_on_cpus_are_held_against_the_memory_that_their_weights_and_processes_take(tmp_path: Path) -> None:
+    """Three policies hold 4 GiB in float32, as in the file: mapped, once. Two ranks of an aligner convert it to 2."""
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1 << 30], "data_offsets": [0, 4 << 30]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    job = [
+        "input.path=in", "output.root=out", f"policy.model={tmp_path}", "policy.dtype=float32", "policy.replicas=3",
+        f"aligner.model={tmp_path}", "aligner.tensor_parallel_size=2",
+    ]  # fmt: skip
+
+    def refused(gib: float, *more: str) -> str | None:
+        config, _ = compose(AlignCorpusConfig, [*job, *more], prog="", description="", groups=("policy", "aligner"))
+        error = memory_refusal(pools(config), round(gib * 2**30))
+        return error and str(error)
+
+    assert PROCESS_BYTES == 2**28
+    assert refused(0.75 + 4 + 0.5 + 2) is None
+    assert refused(7.24) == (
+        "the pools do not fit into this machine's memory of 7.24 GiB: weights and processes alone take 7.25 GiB "
+        "(policy: 3 x 0.25 GiB; aligner: 1 x 2.50 GiB; weights that replicas share: 4.00 GiB). Lower replicas, or name "
+        "a cluster (site.ray_address or RAY_ADDRESS)"
+    )
+    assert refused(3 * 4.25 + 2.5, "policy.engine=vllm") is None
+    assert refused(3 * 4.25 + 2.49, "policy.engine=vllm"), "which copies what it loads"
+    assert refused(2.5, "policy.num_gpus=1") is None, "a GPU's memory is another"
+    assert refused(2.5, "policy=openai", "policy.model=m") is None
