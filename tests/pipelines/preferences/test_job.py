@@ -343,11 +343,23 @@ def test_a_task_that_hangs_ends_the_job_with_4_and_what_is_missing_is_named(
 
 def test_what_is_no_corpus_is_refused(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(job(tmp_path / "none", tmp_path / "out")) == 2
-    assert "holds no published partition" in capsys.readouterr().err
+    assert f"input.path '{tmp_path / 'none'}' does not exist" in capsys.readouterr().err
     assert main(job(corpus, corpus)) == 2
     assert "is the corpus that is read" in capsys.readouterr().err
     assert main(job(corpus, tmp_path / "out", "input.keep_columns=[topik]")) == 2
     assert "keep_columns: no shard has that column" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_the_root_of_another_corpus_is_left_as_it_is(
+    flags: list[str], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = publish_corpus(tmp_path / "other", table(rows(3)))
+    before = sorted(other.rglob("*"))
+    assert main([*job(corpus, other), *flags]) == 2
+    told = capsys.readouterr().err
+    assert told == f"error: output.root '{other}' holds a corpus: take another folder for a preference dataset\n"
+    assert sorted(other.rglob("*")) == before
 
 
 def test_a_corpus_that_was_made_anew_is_refused(
