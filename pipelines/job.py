@@ -157,9 +157,11 @@ def run_job(job: Job[Any], flags: Flags) -> int:
     if flags.dry_run:
         job.print_dry_run(job.planned(flags.limit))
         return DONE
-    with Lease(job.output, job.config.run.lease_ttl_s, announce=report.say):
+    plan = None if job.output.sizes("leases") else job.planned(flags.limit)  # at a new root a refusal leaves nothing
+    with Lease(job.output, job.config.run.lease_ttl_s, announce=report.say) as lease:
         job.output.sweep()
-        plan = job.planned(flags.limit)
+        if plan is None or not lease.is_first:
+            plan = job.planned(flags.limit)
         refusal = job.despite(plan) if plan.bad_shards else None
         if refusal:
             report.print_bad_shards(plan, refusal)

@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines import job as every_job
 from pipelines.build_preferences import main
+from pipelines.corpus.plan import Plan
 from pipelines.corpus.storage import Storage
 from pipelines.preferences.build import Builder
 from pipelines.preferences.schema import STRATEGIES
@@ -348,6 +350,7 @@ def test_what_is_no_corpus_is_refused(corpus: Path, tmp_path: Path, capsys: pyte
     assert "is the corpus that is read" in capsys.readouterr().err
     assert main(job(corpus, tmp_path / "out", "input.keep_columns=[topik]")) == 2
     assert "keep_columns: no shard has that column" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])
@@ -360,6 +363,23 @@ def test_the_root_of_another_corpus_is_left_as_it_is(
     told = capsys.readouterr().err
     assert told == f"error: output.root '{other}' holds a corpus: take another folder for a preference dataset\n"
     assert sorted(other.rglob("*")) == before
+
+
+def test_what_another_job_made_before_this_one_got_the_lease_is_not_made_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, planned, others = job(corpus, tmp_path / "out"), every_job.Job.planned, [main]
+
+    def overtaken(self: every_job.Job[Any], limit: int | None) -> Plan:
+        plan = planned(self, limit)
+        if others:
+            assert others.pop()(arguments) == 0
+        return plan
+
+    monkeypatch.setattr(every_job.Job, "planned", overtaken)
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("nothing new: ")
+    assert [path.name for path in (tmp_path / "out/runs").iterdir()] == ["000001.json"]
 
 
 def test_a_corpus_that_was_made_anew_is_refused(
