@@ -26,13 +26,12 @@ def write_card(output: Storage, title: str, text: CardText | None = None) -> Non
 def corpus_card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | None) -> str:
     """The card of a corpus."""
     num_ok = sum(manifest["num_ok"] for manifest in found)
-    names = {"default": "corpus", "quarantine": "quarantine"}
-    configs = [card_config(name, [part for each in found for part in each[kind]]) for name, kind in names.items()]
+    corpus, quarantine = ([part for each in found for part in each[kind]] for kind in ("corpus", "quarantine"))
     header = {
         "pretty_name": title,
         "tags": ["synthetic", "alignment", "burnish"],
         "size_categories": [size_category(num_ok)],
-        "configs": [config for config in configs if config["data_files"]],
+        "configs": card_configs(card_config("default", corpus), card_config("quarantine", quarantine)),
     }
     lines = ["---", yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(), "---", "", f"# {title}", ""]
     lines += [
@@ -99,6 +98,16 @@ def card_config(name: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
     checksums = "".join(part["sha256"] for part in parts).encode()
     description = f"{sum(part['num_rows'] for part in parts)} rows, sha256 {hashlib.sha256(checksums).hexdigest()}"
     return {"config_name": name, "description": description, "data_files": [part["path"] for part in parts]}
+
+
+def card_configs(default: dict[str, Any], besides: dict[str, Any]) -> list[dict[str, Any]]:
+    """The configs of the YAML header: what is loaded where none is named, and what is there besides, if it has files.
+
+    Without files the default is there, too, as one that `datasets` refuses: it would take what is besides instead, or
+    whatever files it finds. It then stands last, as the first one's files tell of what kind they all are.
+    """
+    filled = [besides] if besides["data_files"] else []
+    return [default, *filled] if default["data_files"] else [*filled, default]
 
 
 def _cell(value: Any) -> str:

@@ -239,6 +239,19 @@ def test_the_dataset_loads_by_split_through_its_card(corpus: Path, tmp_path: Pat
     assert set(dropped["cause"]) == {"aligned_lost", "tie"}
 
 
+def test_a_dataset_without_rows_says_why_and_does_not_load_what_was_dropped(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(job(corpus, tmp_path / "out", "build.min_margin=9")) == 0
+    better = sum(number % 3 + 2 > number % 5 for number in range(40))
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == f"no rows came out: {better} of 40 prompts were dropped as small_margin: lower build.min_margin"
+    cache = str(tmp_path / "cache")
+    with pytest.raises(ValueError, match="data_files are invalid"):
+        datasets.load_dataset(str(tmp_path / "out"), cache_dir=cache)
+    assert len(datasets.load_dataset(str(tmp_path / "out"), "dropped", split="train", cache_dir=cache)) == 40
+
+
 def test_a_reward_that_is_no_number_stops_the_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = row("p", ["a"], ["b"], q=([float("nan")], [1.0]))
     corpus = publish_corpus(tmp_path / "corpus", table([*rows(), broken]))
