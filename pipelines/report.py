@@ -19,6 +19,7 @@ from actors.recipes import aligner_input
 from actors.reward import RewardConfig
 from actors.rewards import judge
 from pipelines import estimate
+from pipelines.corpus import scored
 from pipelines.corpus.plan import Plan
 from pipelines.corpus.publish import Published
 from pipelines.corpus.read import read_checked
@@ -106,6 +107,7 @@ def print_rewards(manifest: Mapping[str, Any]) -> None:
     for told, count in sorted(manifest["reward_notes"].items()):
         name, _, note = told.rpartition(": ")
         notes[name][note] = count
+    unscored = scored.failures(manifest)
     for name in sorted({*manifest["rewards"], *notes}):
         found = manifest["rewards"].get(name)
         line = f"reward {name}: no candidate has both scores"
@@ -113,8 +115,11 @@ def print_rewards(manifest: Mapping[str, Any]) -> None:
             before, after = found["response"], found["aligned"]
             line = f"reward {name}: {before:.4g} -> {after:.4g} ({after - before:+.3g})"
             line += f" over {found['num_candidates']} candidates"
-        missing = [f"{count} {note}" for note, count in notes[name].items() if note not in judge.NOTES]
+        causes = unscored.get(name, {})
+        missing = [f"{count} {cause}" for cause, count in causes.items()]
         print(line + (f"; texts without a score: {', '.join(missing)}" if missing else ""))
+        if causes:
+            print(f"reward {name}: the first without a score is {scored.first_failure(manifest, name)}")
         first, second, tie, by_position = (notes[name].get(note, 0) for note in judge.NOTES)
         if num_verdicts := first + second + tie:
             print(

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from pipelines.corpus.runs import latest_run
+from pipelines.corpus.scored import failures
 from pipelines.corpus.state import manifests
 from pipelines.corpus.storage import Storage
 
@@ -70,17 +71,22 @@ def corpus_card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | N
 
 
 def _rewards(found: list[dict[str, Any]]) -> list[str]:
-    """The means of each reward, by partition; [] where nothing was scored. Manifests of earlier versions have none."""
-    rows = [
-        f"| run={each['number']:06d} | {name} | {means['num_candidates']} | {means['response']:.4g} | "
-        f"{means['aligned']:.4g} |"
-        for each in found
-        for name, means in sorted(each.get("rewards", {}).items())
-    ]
+    """The means of each reward and the texts that it could not score, by partition; [] where nothing was scored.
+    Manifests of earlier versions have none."""
+    rows = []
+    for each in found:
+        means, unscored = each.get("rewards", {}), failures(each)
+        for name in sorted({*means, *unscored}):
+            both = "0 | |"
+            if name in means:
+                of = means[name]
+                both = f"{of['num_candidates']} | {of['response']:.4g} | {of['aligned']:.4g}"
+            causes = ", ".join(f"{count} {cause}" for cause, count in unscored.get(name, {}).items())
+            rows.append(f"| run={each['number']:06d} | {name} | {both} | {causes or 0} |")
     if not rows:
         return []
-    head = ["| partition | reward | candidates | mean of responses | mean of aligned texts |", "|---|---|---|---|---|"]
-    return ["", "## Rewards", "", *head, *rows]
+    head = ["partition", "reward", "candidates", "mean of responses", "mean of aligned texts", "texts without a score"]
+    return ["", "## Rewards", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows]
 
 
 def made_with(run: dict[str, Any]) -> list[str]:
