@@ -18,6 +18,7 @@ from omegaconf import MISSING, OmegaConf
 
 from actors.contract import Doc
 
+WEIGHTS = dict[str, float]
 SCALARS = {int: "an integer", float: "a number", bool: "true or false", str: "text", Any: "any value"}
 
 
@@ -58,11 +59,16 @@ def describe(hint: Any) -> str:
     return f"{text} or null" if optional else text
 
 
-def merge(base: Any, over: Any) -> Any:
-    """`base` with the values of `over` in place of its own, mapping by mapping."""
-    if isinstance(base, dict) and isinstance(over, dict):
-        return base | {key: merge(base.get(key), value) for key, value in over.items()}
-    return over
+def merge(hint: Any, base: Any, over: Any) -> Any:
+    """`base` with the values of `over` in place of its own, mapping by mapping; both are of type `hint`.
+
+    A mapping of weights is one value: those of `over` stand alone, as a sum of these with others is not what they say.
+    """
+    kind, _ = unwrap(hint)
+    if not (isinstance(base, dict) and isinstance(over, dict)) or kind == WEIGHTS:
+        return over
+    inner = hints(kind) if is_section(kind) else {}
+    return base | {key: merge(inner.get(key, Any), base.get(key), value) for key, value in over.items()}
 
 
 @functools.cache
@@ -79,7 +85,7 @@ def fill(hint: Any, value: Any) -> Any:
         return [fill(get_args(kind)[0], item) for item in value]
     if not is_section(kind) or not isinstance(value, dict):
         return value
-    merged = merge(_defaults(kind), value)
+    merged = merge(kind, _defaults(kind), value)
     return {name: fill(child, merged[name]) for name, child in hints(kind).items()}
 
 
