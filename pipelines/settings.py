@@ -120,13 +120,15 @@ class ScoreCorpusConfig:
 
     input: CorpusConfig = section(CorpusConfig, "the corpus that is scored")
     output: OutputConfig = section(OutputConfig, "where the scored corpus goes")
-    reward: RewardConfig = section(RewardConfig, "what scores responses and aligned texts")
+    reward: RewardConfig | None = option(None, "what scores responses and aligned texts")
     rewards: list[RewardConfig] = option([], "further rewards, each a pool of its own")
     run: RunConfig = section(RunConfig, "how a job goes about it")
     plan: PlanConfig = section(PlanConfig, "what --dry-run reckons with")
     site: SiteConfig = section(SiteConfig, "where the job runs")
 
     def __post_init__(self) -> None:
+        if not rewards(self):
+            raise ConfigError("reward: nothing scores; name a reward, as in reward=rules")
         _check_rewards(self)
 
 
