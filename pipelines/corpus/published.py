@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -74,10 +74,10 @@ class CorpusInput(Input):
         if type(self.fs.raw) is type(output.fs.raw) and roots[0] == roots[1]:
             raise ConfigError(f"output.root is the corpus that is read, {output.url}: take another folder")
 
-    def with_columns(self, config: CorpusConfig) -> CorpusConfig:
-        """The config with ALL written out. Raises ConfigError where partitions do not keep the same columns."""
-        if config.keep_columns != ALL:
-            return config
+    def kept_columns(self, keep_columns: list[str]) -> list[str]:
+        """`keep_columns` with ALL written out. Raises ConfigError where partitions do not keep the same columns."""
+        if keep_columns != ALL:
+            return keep_columns
         firsts = [(each.number, each.manifest["corpus"][0]) for each in self._partitions() if each.manifest["corpus"]]  # type: ignore[index]
 
         def kept(first: tuple[int, dict[str, Any]]) -> list[str]:
@@ -91,7 +91,7 @@ class CorpusInput(Input):
                 f"the partitions of {self.url} keep different columns ({told}): "
                 "name in input.keep_columns those that all of them have"
             )
-        return replace(config, keep_columns=found[0][1] if found else [])
+        return found[0][1] if found else []
 
     def _partitions(self) -> list[Partition]:
         found = [partition for partition in read_state(self._corpus).partitions if partition.manifest]

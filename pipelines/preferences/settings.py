@@ -28,13 +28,19 @@ class CorpusConfig:
     """The corpus that the preferences are built from."""
 
     path: str = option("???", "output root of align_corpus or score_corpus; only published partitions are read")
-    keep_columns: list[str] = option([], "columns of the corpus carried along unchanged", changes_rows=True)
+    keep_columns: list[str] = option(
+        [],
+        'columns of the corpus carried along unchanged; ["*"]: all that there are besides those of every corpus',
+        changes_rows=True,
+    )
 
     def __post_init__(self) -> None:
         made = {name for columns in schema.STRATEGIES.values() for name in columns.names}
         taken = sorted(set(self.keep_columns) & {*made, *schema.RANKED.names, *schema.CANDIDATE.names})
         if taken:
-            raise ConfigError(f"keep_columns may not name {', '.join(taken)}: that name has a meaning of its own here")
+            raise ConfigError(
+                f"keep_columns may not name {', '.join(taken)}, which has a meaning of its own here: name those to keep"
+            )
         if len(set(self.keep_columns)) < len(self.keep_columns):
             raise ConfigError("keep_columns names a column twice")
 

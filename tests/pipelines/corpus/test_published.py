@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def open_corpus(corpus: Storage) -> CorpusInput:
 
 def plan_scores(corpus: Storage, scored: Storage, **more: Any) -> tuple[CorpusInput, CorpusConfig, Plan]:
     source = open_corpus(corpus)
-    config = source.with_columns(ALL)
+    config = replace(ALL, keep_columns=source.kept_columns(ALL.keep_columns))
     return source, config, plan_of(source, config, scored, unit_rows=2, **more)  # type: ignore[arg-type]
 
 
@@ -176,7 +177,7 @@ def test_what_is_no_corpus_is_refused_by_what_it_is(
         scored.url: "holds a preference dataset, no corpus: name the corpus that it was built from",
     }.items():
         with pytest.raises(ConfigError) as refused:
-            CorpusInput(path).with_columns(ALL)
+            CorpusInput(path).kept_columns(["*"])
         assert told in str(refused.value)
 
 
@@ -184,10 +185,10 @@ def test_columns_that_differ_between_partitions_must_be_named(prompts: Path, cor
     night(prompts, corpus, 1)
     night(prompts, corpus, 2, keep=["size", "topic"])
     with pytest.raises(ConfigError, match=r"run=000001: topic; run=000002: size, topic.*input.keep_columns"):
-        open_corpus(corpus).with_columns(ALL)
+        open_corpus(corpus).kept_columns(["*"])
     source = open_corpus(corpus)
     named = CorpusConfig(path="corpus", keep_columns=["topic"])
-    assert source.with_columns(named) == named
+    assert source.kept_columns(["topic"]) == ["topic"]
     shards, bad, types = source.footers(source.listing(), named, {})
     assert (len(shards), bad, types) == (2, [], {"topic": "string"})
     _, (missing,), _ = source.footers(source.listing(), CorpusConfig(path="corpus", keep_columns=["size"]), {})

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -133,11 +134,13 @@ def test_only_new_partitions_are_built_and_prompts_of_old_ones_are_known(
     assert manifest["causes"]["duplicate_prompt"] == 6, "two of run 1, and four of its own"
 
 
-def test_kept_columns_go_along_whatever_they_hold(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", ["[topic, score]", '["*"]'])
+def test_kept_columns_go_along_whatever_they_hold(keep: str, tmp_path: Path) -> None:
     some = table(rows(count=3), topic=["", None, "c"], score=[float("nan"), 1.0, 2.0])
     corpus = publish_corpus(tmp_path / "corpus", some)
-    assert main(job(corpus, tmp_path / "out", "input.keep_columns=[topic, score]", "build=unpaired")) == 0
+    assert main(job(corpus, tmp_path / "out", f"input.keep_columns={keep}", "build=unpaired")) == 0
     made = published(tmp_path / "out")
+    assert np.isnan(made[0]["score"])
     assert [(each["prompt"][0]["content"][-2], each["topic"]) for each in made] == [
         ("0", ""), ("0", ""), ("1", None), ("1", None), ("2", "c"), ("2", "c")
     ]  # fmt: skip
