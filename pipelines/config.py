@@ -17,7 +17,19 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from actors.contract import ConfigError
-from pipelines.reference import SCALARS, Entry, describe, fill, help_text, hints, is_section, merge, unwrap, walk
+from pipelines.reference import (
+    SCALARS,
+    Entry,
+    describe,
+    fill,
+    help_text,
+    hints,
+    is_section,
+    merge,
+    scalar,
+    unwrap,
+    walk,
+)
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 FLAGS = {
@@ -296,7 +308,8 @@ def _check(hint: Any, value: Any, key: str, layer: _Layer) -> Any:
         return float(read)
     also = " or the name of a preset" if kind in layer.groups else ""
     also = " in quotes" if kind is str and isinstance(value, int | float) else also
-    fix = f": write [{value}]" if get_origin(kind) is list and isinstance(value, str) else ""
+    is_bare = get_origin(kind) is list and isinstance(value, str)
+    fix = f": write [{', '.join(scalar(each.strip()) for each in value.split(','))}]" if is_bare else ""
     layer.fail(f"{key} expects {describe(hint)}{also}, got {_show(value)}{fix}")
 
 

@@ -125,7 +125,7 @@ def help_text(
         if is_section(unwrap(entry.hint)[0]):
             headings[entry.key] = f"{entry.key}: {entry.doc.help}{' (default null)' if entry.default is None else ''}"
         else:
-            default = "required" if entry.default == MISSING else f"default {_scalar(entry.default)}"
+            default = "required" if entry.default == MISSING else f"default {scalar(entry.default)}"
             text = f"{entry.doc.help} ({describe(entry.hint)}; {default})"
             rows.setdefault(entry.key.rpartition(".")[0], []).append((entry.key, text))
     lines = [f"usage: {prog} [flags] [key=value ...]", "", *textwrap.wrap(description, 110), "", "flags:"]
@@ -161,7 +161,7 @@ def reference_yaml(schema: type) -> str:
         indent = "  " * name.count(".") + ("# " if entry.key.startswith(absent) else "")
         tell = entry.default in (None, MISSING) or get_origin(unwrap(entry.hint)[0]) is Literal
         text = f"{entry.doc.help} ({describe(entry.hint)})" if tell and not section else entry.doc.help
-        value = "" if isinstance(entry.default, dict) and section else f" {_scalar(entry.default)}"
+        value = "" if isinstance(entry.default, dict) and section else f" {scalar(entry.default)}"
         lines += [""] if section and not absent else []
         line = f"{indent}{name.rpartition('.')[2]}:{value}"
         if len(f"{line}  # {text}") > 120:
@@ -174,7 +174,7 @@ def reference_yaml(schema: type) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _scalar(value: Any) -> str:
+def scalar(value: Any) -> str:
     """One line of YAML that OmegaConf reads back as the value."""
     plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/][\w/.+-]*|\?\?\?", value)
     if plain and OmegaConf.to_container(OmegaConf.create(f"value: {value}")) == {"value": value}:

@@ -222,6 +222,7 @@ def test_numbers() -> None:
         ("aligner.top_k=x", "aligner.top_k expects an integer or null, got 'x'"),
         ("aligner.dtype=int8", "aligner.dtype expects one of bfloat16, float32, got 'int8'"),
         ("aligner.stop=a", "aligner.stop expects a list, each element text, got 'a': write [a]"),
+        ("aligner.stop=a, b c", "got 'a, b c': write [a, \"b c\"]"),
         ("policies=big", "policies expects a list, each element a mapping, got 'big': write [big]"),
         ("aligner.weights={a:b:1.0}", "aligner.weights: 'a:b:1.0' lacks a space after its last colon: 'a:b: 1.0'"),
         ("aligner.stop=[a, [b]]", "aligner.stop.1 expects text, got ['b']"),
