@@ -67,7 +67,7 @@ class BuildConfig:
     candidates: Literal["all", "response", "aligned"] = option(
         "all", "which of the policies' responses and their aligned texts are candidates", changes_rows=True
     )
-    require_finish: list[str] = option(
+    require_finish: list[Literal["stop", "length"]] = option(
         ["stop"],
         "finish reasons of usable candidates; stored texts, which have none, count as stop; empty: any",
         changes_rows=True,
@@ -78,7 +78,10 @@ class BuildConfig:
         False, "of each prompt use only candidates of one policy: that of the best one", changes_rows=True
     )
     min_margin: float = option(
-        0.0, "least difference of rewards between chosen and rejected; ties are never used", changes_rows=True
+        0.0,
+        "least difference of rewards between chosen and rejected, or (`unpaired`) between an answer and the threshold; "
+        "ties are never used",
+        changes_rows=True,
     )
     max_length_ratio: float | None = option(
         None,
