@@ -99,6 +99,10 @@ def test_the_summary_tells_rewards_before_and_after_and_what_has_none(runs: Runs
     cause = "tests.end_to_end.scores:words: ValueError: seven is too much"
     assert first == f"reward words: the first without a score is reward_failed of {asked}: {cause}"
     assert "not a measure of quality" in completed.stdout
+    shown = corpus(runs.scored)[0]["rewards"]
+    scores = ", ".join(f"{each['name']} {each['response'][0]:.4g} -> {each['aligned'][0]:.4g}" for each in shown)
+    assert f"  rewards  {scores}" in completed.stdout.splitlines()
+    assert ("answers changed" in completed.stdout) == (job == "in_job")
 
 
 def test_what_a_reward_could_not_score_is_not_published_unless_told_to(
