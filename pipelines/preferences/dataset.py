@@ -146,6 +146,9 @@ def card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | None) ->
         lines += ["", "## Columns", "", "| column | type |", "|---|---|"]
         lines += [f"| `{name}` | `{dtype}` |" for name, dtype in run["columns"].items()]
         lines += made_with(run)
+        lines += ["", "## The corpus", "", f"What it was built from is at `{run['input_root']}`."]
+        for note in run.get("notes", []):  # records of earlier versions have none
+            lines += ["", note]
         export = run["config"]["export"]
         if export:
             told = EXPORTERS[export].read(run["config"]["build"]["strategy"])

@@ -35,7 +35,7 @@ class PreferencesJob(Job[BuildPreferencesConfig]):
         return fingerprint(self.config, kept_types, self._benchmarks)
 
     def told(self, plan: Plan) -> dict[str, Any]:
-        return {"columns": output_columns(self.config, plan.kept_types)}
+        return {"columns": output_columns(self.config, plan.kept_types), "notes": self.source.notes()}
 
     def despite(self, plan: Plan) -> str | None:
         return "these parts of the corpus cannot be read as the others can"
