@@ -143,10 +143,11 @@ def publish(
             output.delete([unit.path for unit in damaged])
             return Published(tuple(finished), tuple(damaged), None)
         share = plan["num_quarantined"] / plan["num_rows"]
-        if share > max_quarantined_fraction and not accept_quarantined:
-            return Published(tuple(finished), (), _withheld(plan, max_quarantined_fraction))
-        refusal = kind.refusal(plan)
+        too_many = share > max_quarantined_fraction and not accept_quarantined
+        refusal = _withheld(plan, max_quarantined_fraction) if too_many else kind.refusal(plan)
         if refusal:
+            if not state.partitions:  # without a card `datasets` would take the units for the rows
+                write_card(output, config.title, kind.card)
             return Published(tuple(finished), (), refusal)
         folder = partition_folder(output, plan["number"])
         output.create(f"{folder}/plan.json", json.dumps(plan).encode())  # or another's stands

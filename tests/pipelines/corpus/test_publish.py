@@ -705,6 +705,14 @@ def test_a_corpus_without_rows_does_not_load_its_quarantine_instead(tmp_path: Pa
     assert len(quarantined) == SHARD.num_rows
 
 
+def test_a_root_of_which_nothing_may_be_published_loads_nothing(tmp_path: Path) -> None:
+    output = Storage(str(tmp_path / "out"))
+    commit_units(output, SHARD, quarantined=[1, 2])
+    assert publish(output, OutputConfig(root=output.url), max_quarantined_fraction=0.1).withheld
+    with pytest.raises(datasets.exceptions.DataFilesNotFoundError):
+        datasets.load_dataset(output.root, cache_dir=str(tmp_path / "cache"))
+
+
 def test_the_card_says_what_is_there(published_twice: Storage) -> None:
     header = card_header(published_twice)
     assert header["pretty_name"] == 'A "corpus": ä'
