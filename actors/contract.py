@@ -57,9 +57,18 @@ REWARD = pa.struct(
 REWARDS = pa.list_(pa.field("element", REWARD, False))
 """One element per reward; null where nothing was scored."""
 
-REWARD_NOTES = pa.list_(pa.string())
-"""What is to be counted of a row's scoring, "<reward>: <note>" each: the cause where a text could not be scored,
-and how a judge that was asked in both orders decided. The manifest has the counts."""
+REWARD_NOTES = pa.list_(
+    pa.struct(
+        [
+            pa.field("reward", pa.string(), False),  # its name
+            pa.field("note", pa.string(), False),  # SCORED; why a text has no score; how a judge decided
+            pa.field("message", pa.string()),  # what went wrong with a text that has no score; null for other notes
+        ]
+    )
+)
+"""What is to be counted of a row's scoring. The manifest has the counts."""
+SCORED = "scored"
+"""The note of a text that has a score, unless that is certain: a judge's of the text that it compares others with."""
 
 PROBLEM = pa.struct(
     [

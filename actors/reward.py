@@ -10,7 +10,7 @@ import pyarrow as pa
 from omegaconf import MISSING
 
 from actors.candidates import as_messages, model_label
-from actors.contract import REWARD_NOTES, REWARDS, ConfigError, RowError, is_set, option
+from actors.contract import REWARD_NOTES, REWARDS, SCORED, ConfigError, RowError, is_set, option
 from actors.engines.base import Messages, ScoringConfig
 from actors.pool import Columns, ModelStage, PoolConfig, Row
 from actors.rewards import build_reward
@@ -67,10 +67,14 @@ class RewardConfig(ScoringConfig, PoolConfig):
         return self.name or model_label(self)
 
 
+Note = tuple[str, str | None]
+"""A note on a text and its message, as in REWARD_NOTES."""
+
+
 class RewardStage(ModelStage):
     """One replica of a reward. Adds `rewards`, or appends to it where another reward has been before.
 
-    A candidate that cannot be scored has a null there, and its cause is counted; no row is lost by it.
+    A candidate that cannot be scored has a null there, and its cause is noted; no row is lost by it.
     """
 
     def __init__(self, config: RewardConfig, **arguments: Any) -> None:
@@ -86,14 +90,15 @@ class RewardStage(ModelStage):
         for row, (reward, told) in zip(rows, scored, strict=True):
             before = [each for each in row.get("rewards") or [] if each["name"] != self._label]
             rewards.append([*before, reward] if reward else row.get("rewards"))
-            notes.append([*(row.get("reward_notes") or []), *(f"{self._label}: {note}" for note in told)])
+            made = [{"reward": self._label, "note": note, "message": message} for note, message in told]
+            notes.append([*(row.get("reward_notes") or []), *made])
         columns = {"rewards": pa.array(rewards, REWARDS), "reward_notes": pa.array(notes, REWARD_NOTES)}
         num_failed = sum(
             reward is not None and _is_short(row, reward) for row, (reward, _) in zip(rows, scored, strict=True)
         )
         return Columns(columns, num_failed)
 
-    async def _scored(self, row: Row) -> tuple[dict[str, Any] | None, list[str]]:
+    async def _scored(self, row: Row) -> tuple[dict[str, Any] | None, list[Note]]:
         """The row's reward and what is to be noted of it; None for a row that has a problem."""
         if row["problem"] is not None:
             return None, []
@@ -105,18 +110,20 @@ class RewardStage(ModelStage):
         parallel = {name: [None if text is None else scores[text] for text in told] for name, told in there.items()}
         return {"name": self._label, **parallel}, [note for _, notes in found for note in notes]
 
-    async def _score(self, row: Row, messages: Messages, text: str, first: str) -> tuple[float | None, list[str]]:
+    async def _score(self, row: Row, messages: Messages, text: str, first: str) -> tuple[float | None, list[Note]]:
         """A text's score and notes. Candidates of a row that say the same share it; `first` is the row's first text."""
         try:
             if self._config.engine == "openai":
-                return await judged(partial(self.generate, row, seed=0), self._config, messages, first, text)
+                ask = partial(self.generate, row, seed=0)
+                score, notes = await judged(ask, self._config, messages, first, text)
+                return score, [(note, None) for note in ((SCORED, *notes) if notes else ())]  # none: it was not asked
             completion = await self.generate(row, (*messages, ("assistant", text)), seed=0)
             assert completion.score is not None
             if not math.isfinite(completion.score):
                 raise RowError("reward_failed", f"the score is {completion.score}")
         except RowError as error:
-            return None, [error.cause]
-        return completion.score, []
+            return None, [(error.cause, error.message)]
+        return completion.score, [(SCORED, None)]
 
 
 def _texts(candidates: list[dict[str, Any]]) -> list[str | None]:

@@ -10,6 +10,7 @@ reward (no build.reward) what was aligned is preferred to its response. On a clu
 
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root instead of this folder: each module has one name
@@ -41,6 +42,8 @@ def build_preferences(argv: list[str]) -> int:
     site = config.site
     source = PublishedCorpus(config.input.path, site.storage_options, site.storage_retry_s)
     output = Storage(config.output.root, site.storage_options, site.storage_retry_s, partitions=FOLDER)
+    kept = source.kept_columns(config.input.keep_columns)
+    config = replace(config, input=replace(config.input, keep_columns=kept))
     return run_job(PreferencesJob(pin_encoder(config), source, output), flags)
 
 

@@ -17,7 +17,19 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from actors.contract import ConfigError
-from pipelines.reference import SCALARS, Entry, describe, fill, help_text, hints, is_section, merge, unwrap, walk
+from pipelines.reference import (
+    SCALARS,
+    Entry,
+    describe,
+    fill,
+    help_text,
+    hints,
+    is_section,
+    merge,
+    scalar,
+    unwrap,
+    walk,
+)
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 FLAGS = {
@@ -111,8 +123,8 @@ def compose(
             assignments.append((layer, key, text))
     tree = fill(schema, {})
     for key, (layer, name) in chosen.items():
-        tree[key] = merge(tree[key], _check(hints(root)[key], name, key, layer))
-    tree = merge(tree, own)
+        tree[key] = merge(hints(root)[key], tree[key], _check(hints(root)[key], name, key, layer))
+    tree = merge(schema, tree, own)
     for layer, key, text in assignments:
         tree = _assign(schema, tree, key.split("."), text, "", layer)
     tree = fill(schema, tree)
@@ -226,7 +238,7 @@ def _assign(hint: Any, node: Any, path: list[str], text: str, key: str, layer: _
         if value == MISSING:
             return node
         checked = _check(hint, value, key, layer)
-        return checked if isinstance(value, str) else merge(node, checked)
+        return checked if isinstance(value, str) else merge(hint, node, checked)
     name, *rest = path
     child = f"{key}.{name}" if key else name
     if is_section(kind) and name in hints(kind):
@@ -280,10 +292,12 @@ def _check(hint: Any, value: Any, key: str, layer: _Layer) -> Any:
                 layer.unknown(child, key, kind)
             if item != MISSING:  # "???" means not set, as in OmegaConf: it hides no value of a layer below
                 own[name] = _check(hints(kind)[name], item, child, layer)
-        return merge(base, own)
+        return merge(kind, base, own)
     if get_origin(kind) is list and isinstance(value, list):
         return [_check(get_args(kind)[0], item, f"{key}.{index}", layer) for index, item in enumerate(value)]
     if get_origin(kind) is dict and isinstance(value, dict) and all(isinstance(name, str) for name in value):
+        for name in (name for name, item in value.items() if item is None and ":" in name):  # {a:1}, as YAML reads it
+            layer.fail(f"{key}: {_show(name)} lacks a space after its last colon: {': '.join(name.rsplit(':', 1))!r}")
         return {name: _check(get_args(kind)[1], item, f"{key}.{name}", layer) for name, item in value.items()}
     if get_origin(kind) is Literal and any(value == arg and type(value) is type(arg) for arg in get_args(kind)):
         return value
@@ -294,7 +308,9 @@ def _check(hint: Any, value: Any, key: str, layer: _Layer) -> Any:
         return float(read)
     also = " or the name of a preset" if kind in layer.groups else ""
     also = " in quotes" if kind is str and isinstance(value, int | float) else also
-    layer.fail(f"{key} expects {describe(hint)}{also}, got {_show(value)}")
+    is_bare = get_origin(kind) is list and isinstance(value, str)
+    fix = f": write [{', '.join(scalar(each.strip()) for each in value.split(','))}]" if is_bare else ""
+    layer.fail(f"{key} expects {describe(hint)}{also}, got {_show(value)}{fix}")
 
 
 def _build(kind: Any, value: Any, key: str, missing: list[Entry]) -> Any:

@@ -1,11 +1,14 @@
 """The job that makes a corpus: units stream through the pools of a config, and are published with their quarantine."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from pipelines import report
+from pipelines.corpus import scored
 from pipelines.corpus.plan import Plan
-from pipelines.corpus.publish import Published, publish
+from pipelines.corpus.publish import CORPUS, Published, publish
 from pipelines.corpus.runs import digest, latest_pace
 from pipelines.corpus.shards import Input
 from pipelines.corpus.storage import Storage
@@ -41,6 +44,7 @@ class CorpusJob(Job[JobConfig]):
         return publish(
             self.output,
             self.config.output,
+            replace(CORPUS, refusal=partial(scored.refusal, most=self.config.run.max_unscored_fraction)),
             max_quarantined_fraction=self.config.run.max_quarantined_fraction,
             accept_quarantined=self.config.run.accept_quarantined,
             bad_shards=plan.bad_shards,

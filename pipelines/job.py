@@ -14,7 +14,14 @@ from pipelines.corpus.lease import Held, Lease
 from pipelines.corpus.plan import Plan, make_plan
 from pipelines.corpus.publish import Published
 from pipelines.corpus.published import CorpusConfig
-from pipelines.corpus.runs import check_fingerprint, check_input_root, create_run, digest, making_run
+from pipelines.corpus.runs import (
+    check_fingerprint,
+    check_input_root,
+    create_run,
+    digest,
+    making_run,
+    refuse_other_kind,
+)
 from pipelines.corpus.shards import Input, InputConfig
 from pipelines.corpus.state import read_state
 from pipelines.corpus.storage import Storage
@@ -151,12 +158,15 @@ class Job(ABC, Generic[Config]):
 def run_job(job: Job[Any], flags: Flags) -> int:
     """Plan what is not done, make it, publish it; again where a unit turned out damaged. Returns the exit code."""
     job.source.refuse_own_output(job.output)
+    refuse_other_kind(job.output)
     if flags.dry_run:
         job.print_dry_run(job.planned(flags.limit))
         return DONE
-    with Lease(job.output, job.config.run.lease_ttl_s, announce=report.say):
+    plan = None if job.output.sizes("leases") else job.planned(flags.limit)  # at a new root a refusal leaves nothing
+    with Lease(job.output, job.config.run.lease_ttl_s, announce=report.say) as lease:
         job.output.sweep()
-        plan = job.planned(flags.limit)
+        if plan is None or not lease.is_first:
+            plan = job.planned(flags.limit)
         refusal = job.despite(plan) if plan.bad_shards else None
         if refusal:
             report.print_bad_shards(plan, refusal)

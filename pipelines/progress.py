@@ -63,6 +63,11 @@ class PoolTotals:
     states: tuple[str, ...]
     idle_s: float
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether there are tokens to be told: rules, stored answers and judges elsewhere count none."""
+        return self.num_tokens > 0 or self.num_rows == 0
+
 
 def read_board(board: Any) -> dict[str, PoolTotals]:
     """The pools' totals, by pool name. `board` is the handle of an `actors.board.Board`."""
@@ -194,7 +199,8 @@ def _bars(pools: list[str], num_rows: int) -> Show:
             rate = (pool.num_tokens - tokens) / max(now - at, 1e-9)
             last[name] = (pool.num_tokens, now)
             bars[name].n = min(pool.num_rows, num_rows)
-            bars[name].set_postfix_str(f"{rate:.0f} tokens/s, {pool.num_running} in flight, {pool.num_failed} failed")
+            tokens_told = f"{rate:.0f} tokens/s, " if pool.has_tokens else ""
+            bars[name].set_postfix_str(f"{tokens_told}{pool.num_running} in flight, {pool.num_failed} failed")
         if ended:
             for bar in bars.values():
                 bar.close()
@@ -223,9 +229,10 @@ def _lines(pools: list[str], num_rows: int, every_s: float) -> Show:
                 continue
             rows, tokens = before.get(name, (0, 0))
             before[name] = (pool.num_rows, pool.num_tokens)
+            tokens_told = f"{(pool.num_tokens - tokens) / span:.0f} tokens/s, " if pool.has_tokens else ""
             print(
                 f"{name}: {pool.num_rows}/{num_rows} rows, {(pool.num_rows - rows) / span:.1f} rows/s, "
-                f"{(pool.num_tokens - tokens) / span:.0f} tokens/s, {pool.num_running} in flight, "
+                f"{tokens_told}{pool.num_running} in flight, "
                 f"{pool.num_failed} failed, ETA {_eta(pool.num_rows, num_rows, now - start)}",
                 file=sys.stderr,
             )

@@ -18,6 +18,7 @@ from omegaconf import MISSING, OmegaConf
 
 from actors.contract import Doc
 
+WEIGHTS = dict[str, float]
 SCALARS = {int: "an integer", float: "a number", bool: "true or false", str: "text", Any: "any value"}
 
 
@@ -58,11 +59,16 @@ def describe(hint: Any) -> str:
     return f"{text} or null" if optional else text
 
 
-def merge(base: Any, over: Any) -> Any:
-    """`base` with the values of `over` in place of its own, mapping by mapping."""
-    if isinstance(base, dict) and isinstance(over, dict):
-        return base | {key: merge(base.get(key), value) for key, value in over.items()}
-    return over
+def merge(hint: Any, base: Any, over: Any) -> Any:
+    """`base` with the values of `over` in place of its own, mapping by mapping; both are of type `hint`.
+
+    A mapping of weights is one value: those of `over` stand alone, as a sum of these with others is not what they say.
+    """
+    kind, _ = unwrap(hint)
+    if not (isinstance(base, dict) and isinstance(over, dict)) or kind == WEIGHTS:
+        return over
+    inner = hints(kind) if is_section(kind) else {}
+    return base | {key: merge(inner.get(key, Any), base.get(key), value) for key, value in over.items()}
 
 
 @functools.cache
@@ -79,7 +85,7 @@ def fill(hint: Any, value: Any) -> Any:
         return [fill(get_args(kind)[0], item) for item in value]
     if not is_section(kind) or not isinstance(value, dict):
         return value
-    merged = merge(_defaults(kind), value)
+    merged = merge(kind, _defaults(kind), value)
     return {name: fill(child, merged[name]) for name, child in hints(kind).items()}
 
 
@@ -119,7 +125,7 @@ def help_text(
         if is_section(unwrap(entry.hint)[0]):
             headings[entry.key] = f"{entry.key}: {entry.doc.help}{' (default null)' if entry.default is None else ''}"
         else:
-            default = "required" if entry.default == MISSING else f"default {_scalar(entry.default)}"
+            default = "required" if entry.default == MISSING else f"default {scalar(entry.default)}"
             text = f"{entry.doc.help} ({describe(entry.hint)}; {default})"
             rows.setdefault(entry.key.rpartition(".")[0], []).append((entry.key, text))
     lines = [f"usage: {prog} [flags] [key=value ...]", "", *textwrap.wrap(description, 110), "", "flags:"]
@@ -155,7 +161,7 @@ def reference_yaml(schema: type) -> str:
         indent = "  " * name.count(".") + ("# " if entry.key.startswith(absent) else "")
         tell = entry.default in (None, MISSING) or get_origin(unwrap(entry.hint)[0]) is Literal
         text = f"{entry.doc.help} ({describe(entry.hint)})" if tell and not section else entry.doc.help
-        value = "" if isinstance(entry.default, dict) and section else f" {_scalar(entry.default)}"
+        value = "" if isinstance(entry.default, dict) and section else f" {scalar(entry.default)}"
         lines += [""] if section and not absent else []
         line = f"{indent}{name.rpartition('.')[2]}:{value}"
         if len(f"{line}  # {text}") > 120:
@@ -168,7 +174,7 @@ def reference_yaml(schema: type) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _scalar(value: Any) -> str:
+def scalar(value: Any) -> str:
     """One line of YAML that OmegaConf reads back as the value."""
     plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/][\w/.+-]*|\?\?\?", value)
     if plain and OmegaConf.to_container(OmegaConf.create(f"value: {value}")) == {"value": value}:

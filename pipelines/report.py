@@ -19,6 +19,7 @@ from actors.recipes import aligner_input
 from actors.reward import RewardConfig
 from actors.rewards import judge
 from pipelines import estimate
+from pipelines.corpus import scored
 from pipelines.corpus.plan import Plan
 from pipelines.corpus.publish import Published
 from pipelines.corpus.read import read_checked
@@ -44,13 +45,15 @@ def print_bad_shards(plan: Plan, advice: str) -> None:
     say(f"error: nothing was done; {advice}")
 
 
-def print_throughput(totals: dict[str, PoolTotals], tally: Tally, seconds: float) -> None:
-    """Rows and tokens per second of each pool, over the whole of the job, start-up included."""
+def print_throughput(totals: dict[str, PoolTotals], tally: Tally, seconds: float, *, is_aligning: bool) -> None:
+    """Rows and tokens per second of each pool, over the whole of the job, start-up included; and what aligning did."""
     for name, pool in totals.items():
-        print(f"{name}: {pool.num_rows / seconds:.2f} rows/s, {pool.num_tokens / seconds:.0f} tokens/s")
+        tokens = f", {pool.num_tokens / seconds:.0f} tokens/s" if pool.has_tokens else ""
+        print(f"{name}: {pool.num_rows / seconds:.2f} rows/s{tokens}")
     changed = tally.num_changed / tally.num_candidates if tally.num_candidates else 0.0
-    print(f"made: {tally.num_units} units, {tally.num_rows} rows in {seconds:.1f} s; {changed:.1%} of answers changed")
-    if tally.iterations:
+    told = f"; {changed:.1%} of answers changed" if is_aligning else ""
+    print(f"made: {tally.num_units} units, {tally.num_rows} rows in {seconds:.1f} s{told}")
+    if is_aligning and tally.iterations:
         _print_decoding(tally)
 
 
@@ -106,6 +109,7 @@ def print_rewards(manifest: Mapping[str, Any]) -> None:
     for told, count in sorted(manifest["reward_notes"].items()):
         name, _, note = told.rpartition(": ")
         notes[name][note] = count
+    unscored = scored.failures(manifest)
     for name in sorted({*manifest["rewards"], *notes}):
         found = manifest["rewards"].get(name)
         line = f"reward {name}: no candidate has both scores"
@@ -113,8 +117,11 @@ def print_rewards(manifest: Mapping[str, Any]) -> None:
             before, after = found["response"], found["aligned"]
             line = f"reward {name}: {before:.4g} -> {after:.4g} ({after - before:+.3g})"
             line += f" over {found['num_candidates']} candidates"
-        missing = [f"{count} {note}" for note, count in notes[name].items() if note not in judge.NOTES]
+        causes = unscored.get(name, {})
+        missing = [f"{count} {cause}" for cause, count in causes.items()]
         print(line + (f"; texts without a score: {', '.join(missing)}" if missing else ""))
+        if causes:
+            print(f"reward {name}: the first without a score is {scored.first_failure(manifest, name)}")
         first, second, tie, by_position = (notes[name].get(note, 0) for note in judge.NOTES)
         if num_verdicts := first + second + tie:
             print(
@@ -127,15 +134,21 @@ def _print_rows(output: Storage, manifest: dict[str, Any]) -> None:
     if not manifest["corpus"]:
         return
     with output.fs.open(output.path(manifest["corpus"][0]["path"])) as file:
-        batch = next(
-            pq.ParquetFile(file).iter_batches(SHOWN_ROWS, columns=["prompt_id", "prompt", "responses", "aligned"])
-        )
+        columns = ["prompt_id", "prompt", "responses", "aligned", "rewards"]
+        batch = next(pq.ParquetFile(file).iter_batches(SHOWN_ROWS, columns=columns))
     for row in batch.to_pylist():
         number = next(number for number, each in enumerate(row["aligned"]) if each["status"] == "ok")
         print(f"\n{row['prompt_id']}")
         _print_text("prompt", row["prompt"][-1]["content"])
         _print_text("response", row["responses"][number]["text"])
         _print_text("aligned", row["aligned"][number]["text"])
+        if row["rewards"]:
+            scores = [(each["name"], each["response"][number], each["aligned"][number]) for each in row["rewards"]]
+            _print_text("rewards", ", ".join(f"{name} {_score(one)} -> {_score(two)}" for name, one, two in scores))
+
+
+def _score(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"
 
 
 def _print_text(name: str, text: str) -> None:

@@ -37,7 +37,8 @@ def score_corpus(argv: list[str]) -> int:
     )
     source = CorpusInput(config.input.path, config.site.storage_options, config.site.storage_retry_s)
     output = Storage(config.output.root, config.site.storage_options, config.site.storage_retry_s)
-    config = replace(config, input=source.with_columns(config.input))
+    kept = source.kept_columns(config.input.keep_columns)
+    config = replace(config, input=replace(config.input, keep_columns=kept))
     return run_job(CorpusJob(pin_models(config), source, output), flags)
 
 

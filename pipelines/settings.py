@@ -39,6 +39,9 @@ class RunConfig:
     task_mib: float = option(0.0, "units per Ray task, in MiB of rows; 0: one unit. Raise it where engines are cheap")
     max_quarantined_fraction: float = option(0.1, "publish nothing where more of a partition's rows are quarantined")
     accept_quarantined: bool = option(False, "publish all the same")
+    max_unscored_fraction: float = option(
+        0.5, "publish nothing where a reward could not score a larger share of a partition's texts; 1: always publish"
+    )
     retry_quarantined: str | None = option(None, "align published quarantined rows with this cause again")
     accept_changes: bool = option(False, "apply a changed config to new rows; go on with an input that was moved")
     max_attempts: int = option(MAX_ATTEMPTS, "engines that a row may kill while it runs alone; then it is quarantined")
@@ -50,8 +53,9 @@ class RunConfig:
         for name in ("unit_rows", "max_attempts", "lease_ttl_s", "stall_minutes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be more than 0, got {getattr(self, name)}")
-        if not 0 <= self.max_quarantined_fraction <= 1:
-            raise ConfigError(f"max_quarantined_fraction must be in [0, 1], got {self.max_quarantined_fraction}")
+        for name in ("max_quarantined_fraction", "max_unscored_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -116,13 +120,15 @@ class ScoreCorpusConfig:
 
     input: CorpusConfig = section(CorpusConfig, "the corpus that is scored")
     output: OutputConfig = section(OutputConfig, "where the scored corpus goes")
-    reward: RewardConfig = section(RewardConfig, "what scores responses and aligned texts")
+    reward: RewardConfig | None = option(None, "what scores responses and aligned texts")
     rewards: list[RewardConfig] = option([], "further rewards, each a pool of its own")
     run: RunConfig = section(RunConfig, "how a job goes about it")
     plan: PlanConfig = section(PlanConfig, "what --dry-run reckons with")
     site: SiteConfig = section(SiteConfig, "where the job runs")
 
     def __post_init__(self) -> None:
+        if not rewards(self):
+            raise ConfigError("reward: nothing scores; name a reward, as in reward=rules")
         _check_rewards(self)
 
 

@@ -97,7 +97,7 @@ def stream(config: JobConfig, source: Input, output: Storage, plan: Plan, run: i
     notes.forget_done()
     found, running_s, seconds = read_board(board), ray.get(board.running_s.remote()), time.monotonic() - started
     totals = {name: found[name] for name in asks if name in found}
-    report.print_throughput(totals, tally, seconds)
+    report.print_throughput(totals, tally, seconds, is_aligning=isinstance(config, AlignCorpusConfig))
     if running_s and totals.keys() == asks.keys():  # or the board was lost on the way, with what it knew
         each = {
             name: {

@@ -12,6 +12,7 @@ import pytest
 from pipelines.config import compose
 from pipelines.corpus.publish import OutputConfig, publish
 from pipelines.corpus.storage import Storage
+from pipelines.preferences.exporters import EXPORTERS
 from pipelines.preferences.settings import BuildPreferencesConfig
 from pipelines.reference import reference_yaml
 from pipelines.settings import AlignCorpusConfig, ScoreCorpusConfig
@@ -90,6 +91,12 @@ def test_the_night_is_added_to_what_cron_does_already(tmp_path: Path) -> None:
 def test_every_link_leads_to_a_file() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_exporters_take_the_strategies_that_the_table_says() -> None:
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| ((?:`\w+` ?)+) \|$", README, re.MULTILINE)
+    told = {name: set(re.findall(r"\w+", takes)) for names, takes in rows for name in re.findall(r"\w+", names)}
+    assert told == {name: exporter.strategies for name, exporter in EXPORTERS.items()}
 
 
 def test_every_make_target_in_the_readme_exists() -> None:

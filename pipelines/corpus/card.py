@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from pipelines.corpus.runs import latest_run
+from pipelines.corpus.scored import failures
 from pipelines.corpus.state import manifests
 from pipelines.corpus.storage import Storage
 
@@ -26,13 +27,12 @@ def write_card(output: Storage, title: str, text: CardText | None = None) -> Non
 def corpus_card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | None) -> str:
     """The card of a corpus."""
     num_ok = sum(manifest["num_ok"] for manifest in found)
-    names = {"default": "corpus", "quarantine": "quarantine"}
-    configs = [card_config(name, [part for each in found for part in each[kind]]) for name, kind in names.items()]
+    corpus, quarantine = ([part for each in found for part in each[kind]] for kind in ("corpus", "quarantine"))
     header = {
         "pretty_name": title,
         "tags": ["synthetic", "alignment", "burnish"],
         "size_categories": [size_category(num_ok)],
-        "configs": [config for config in configs if config["data_files"]],
+        "configs": card_configs(card_config("default", corpus), card_config("quarantine", quarantine)),
     }
     lines = ["---", yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(), "---", "", f"# {title}", ""]
     lines += [
@@ -71,17 +71,22 @@ def corpus_card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | N
 
 
 def _rewards(found: list[dict[str, Any]]) -> list[str]:
-    """The means of each reward, by partition; [] where nothing was scored. Manifests of earlier versions have none."""
-    rows = [
-        f"| run={each['number']:06d} | {name} | {means['num_candidates']} | {means['response']:.4g} | "
-        f"{means['aligned']:.4g} |"
-        for each in found
-        for name, means in sorted(each.get("rewards", {}).items())
-    ]
+    """The means of each reward and the texts that it could not score, by partition; [] where nothing was scored.
+    Manifests of earlier versions have none."""
+    rows = []
+    for each in found:
+        means, unscored = each.get("rewards", {}), failures(each)
+        for name in sorted({*means, *unscored}):
+            both = "0 | |"
+            if name in means:
+                of = means[name]
+                both = f"{of['num_candidates']} | {of['response']:.4g} | {of['aligned']:.4g}"
+            causes = ", ".join(f"{count} {cause}" for cause, count in unscored.get(name, {}).items())
+            rows.append(f"| run={each['number']:06d} | {name} | {both} | {causes or 0} |")
     if not rows:
         return []
-    head = ["| partition | reward | candidates | mean of responses | mean of aligned texts |", "|---|---|---|---|---|"]
-    return ["", "## Rewards", "", *head, *rows]
+    head = ["partition", "reward", "candidates", "mean of responses", "mean of aligned texts", "texts without a score"]
+    return ["", "## Rewards", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows]
 
 
 def made_with(run: dict[str, Any]) -> list[str]:
@@ -99,6 +104,16 @@ def card_config(name: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
     checksums = "".join(part["sha256"] for part in parts).encode()
     description = f"{sum(part['num_rows'] for part in parts)} rows, sha256 {hashlib.sha256(checksums).hexdigest()}"
     return {"config_name": name, "description": description, "data_files": [part["path"] for part in parts]}
+
+
+def card_configs(default: dict[str, Any], besides: dict[str, Any]) -> list[dict[str, Any]]:
+    """The configs of the YAML header: what is loaded where none is named, and what is there besides, if it has files.
+
+    Without files the default is there, too, as one that `datasets` refuses: it would take what is besides instead, or
+    whatever files it finds. It then stands last, as the first one's files tell of what kind they all are.
+    """
+    filled = [besides] if besides["data_files"] else []
+    return [default, *filled] if default["data_files"] else [*filled, default]
 
 
 def _cell(value: Any) -> str:

@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from actors.contract import REWARD_NOTES, REWARDS, label, unpack
+from actors.contract import REWARDS, label, unpack
 from pipelines.corpus import schema
 from pipelines.corpus.parquet import Damaged, read_footer
 from pipelines.corpus.read import WholeRows
+from pipelines.corpus.scored import noted
 from pipelines.corpus.shards import Input, Shard, shard_of
 from pipelines.corpus.storage import Storage
 from pipelines.corpus.units import Unit
@@ -51,9 +52,7 @@ class Committer:
         shard = json.loads(label(packed, "shard"))
         unpacked = unpack(packed)
         table = self._table(unit, shard, unpacked)
-        facts = self._facts(unit, shard, table)
-        faults = _or_nulls(unpacked, "reward_notes", REWARD_NOTES)
-        facts["reward_notes"] = dict(Counter(pc.list_flatten(faults).to_pylist()))
+        facts = self._facts(unit, shard, table) | noted(unpacked)
         won = write_unit(self.output, unit, table, facts)
         return pa.table(
             {

@@ -42,6 +42,11 @@ class Lease:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
 
+    @property
+    def is_first(self) -> bool:
+        """Whether nobody has held the root before."""
+        return self._epoch == 1
+
     def __enter__(self) -> "Lease":
         """Raises Held."""
         mine = json.dumps({**_identity(), "nonce": uuid.uuid4().hex, "taken_at": time.time()}).encode()

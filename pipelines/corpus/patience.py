@@ -39,7 +39,7 @@ LOCAL_OUTAGES = {
     errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNRESET, errno.ECONNREFUSED, errno.EBUSY, errno.EAGAIN,
 }  # fmt: skip
 """What a mounted network file system says when its server is away."""
-LOCAL_MISTAKES = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+LOCAL_MISTAKES = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
 
 Result = TypeVar("Result")
 
@@ -105,6 +105,8 @@ class PatientFileSystem:
         if isinstance(error, TOLD) or (isinstance(error, ANSWERS) and answered(error)[0] != "NoSuchBucket"):
             raise error
         reason = f"{doing}: {_line(error)}"
+        if isinstance(error, NotADirectoryError):
+            raise ConfigError(f"{self._url} is a file, or lies below one: name a folder ({doing})") from error
         if _is_mistake(error, self.is_local):
             fix = "its rights" if self.is_local else "the bucket's name, the credentials and their rights"
             raise ConfigError(f"{self._url} refuses: {reason}; see to {fix}") from error

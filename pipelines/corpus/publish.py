@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from actors.contract import PROBLEM, ConfigError, option, refuse_secrets
-from pipelines.corpus import schema, units
+from pipelines.corpus import schema, scored, units
 from pipelines.corpus.card import corpus_card, write_card
 from pipelines.corpus.commit import unit_facts
 from pipelines.corpus.means import mean_rewards
@@ -143,10 +143,11 @@ def publish(
             output.delete([unit.path for unit in damaged])
             return Published(tuple(finished), tuple(damaged), None)
         share = plan["num_quarantined"] / plan["num_rows"]
-        if share > max_quarantined_fraction and not accept_quarantined:
-            return Published(tuple(finished), (), _withheld(plan, max_quarantined_fraction))
-        refusal = kind.refusal(plan)
+        too_many = share > max_quarantined_fraction and not accept_quarantined
+        refusal = _withheld(plan, max_quarantined_fraction) if too_many else kind.refusal(plan)
         if refusal:
+            if not state.partitions:  # without a card `datasets` would take the units for the rows
+                write_card(output, config.title, kind.card)
             return Published(tuple(finished), (), refusal)
         folder = partition_folder(output, plan["number"])
         output.create(f"{folder}/plan.json", json.dumps(plan).encode())  # or another's stands
@@ -420,19 +421,11 @@ def _manifest(
     }
 
 
-def _summed_notes(facts: list[dict[str, Any]]) -> dict[str, Any]:
-    """What was noted of texts while they were scored, and how often."""
-    notes: Counter[str] = Counter()
-    for found in facts:
-        notes.update(found.get("reward_notes", {}))
-    return {"reward_notes": dict(notes)}
-
-
 def _told_of_corpus(output: Storage, plan: Mapping[str, Any], corpus: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "num_repeated_ids": _num_repeated_ids(output, corpus),
         "rewards": mean_rewards(output, corpus),
-        "reward_notes": plan.get("reward_notes", {}),  # plans of earlier versions have none
+        **{key: plan.get(key, {}) for key in ("reward_notes", "unscored")},  # plans of earlier versions have none
     }
 
 
@@ -452,7 +445,7 @@ CORPUS = Kind(
     names=lambda facts: ["part"] if facts["num_quarantined"] < facts["num_rows"] else [],
     rows=_ok_rows,
     left_out_rows=_quarantined_rows,
-    summed=_summed_notes,
+    summed=scored.summed,
     refusal=lambda plan: None,
     finished=_told_of_corpus,
     card=corpus_card,

@@ -1,8 +1,9 @@
 """A published corpus as the input of a job that adds to it: its parts, by the manifests of finished partitions."""
 
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ from actors.contract import REWARDS, ConfigError, option
 from pipelines.corpus import schema
 from pipelines.corpus.parquet import read_footer
 from pipelines.corpus.shards import Input, Listed, changed_type, missing_column
-from pipelines.corpus.state import Partition, read_state
+from pipelines.corpus.state import Partition, kinds_of, read_state
 from pipelines.corpus.storage import RETRY_S, Storage, concurrently
 
 ALL = ["*"]
@@ -73,10 +74,10 @@ class CorpusInput(Input):
         if type(self.fs.raw) is type(output.fs.raw) and roots[0] == roots[1]:
             raise ConfigError(f"output.root is the corpus that is read, {output.url}: take another folder")
 
-    def with_columns(self, config: CorpusConfig) -> CorpusConfig:
-        """The config with ALL written out. Raises ConfigError where partitions do not keep the same columns."""
-        if config.keep_columns != ALL:
-            return config
+    def kept_columns(self, keep_columns: list[str]) -> list[str]:
+        """`keep_columns` with ALL written out. Raises ConfigError where partitions do not keep the same columns."""
+        if keep_columns != ALL:
+            return keep_columns
         firsts = [(each.number, each.manifest["corpus"][0]) for each in self._partitions() if each.manifest["corpus"]]  # type: ignore[index]
 
         def kept(first: tuple[int, dict[str, Any]]) -> list[str]:
@@ -90,10 +91,29 @@ class CorpusInput(Input):
                 f"the partitions of {self.url} keep different columns ({told}): "
                 "name in input.keep_columns those that all of them have"
             )
-        return replace(config, keep_columns=found[0][1] if found else [])
+        return found[0][1] if found else []
 
     def _partitions(self) -> list[Partition]:
         found = [partition for partition in read_state(self._corpus).partitions if partition.manifest]
         if not found:
-            raise ConfigError(f"input.path {self.url!r} holds no published partition of a corpus")
+            raise ConfigError(f"input.path {self.url!r} {_why_no_corpus(self._corpus)}")
         return found
+
+
+def _why_no_corpus(root: Storage) -> str:
+    """Why a root has no published partition of a corpus, and what to do about it."""
+    if not root.fs.exists(root.root):
+        return "does not exist"
+    kinds, files = kinds_of(root), root.sizes("")
+    inside = re.fullmatch(r"(?:(.*)/)?corpus(?:/run=\d+)?", root.url)
+    if inside and ("plan.json" in files or any(name.startswith("run=") for name in root.folders(""))):
+        return f"lies inside a corpus: name its root, input.path={inside[1] or '.'}"
+    if "preferences" in kinds:
+        return "holds a preference dataset, no corpus: name the corpus that it was built from"
+    if kinds or root.sizes("runs"):
+        return (
+            "holds no published partition yet, none with a _SUCCESS: the job that makes the corpus must come to its end"
+        )
+    if any(name.endswith((".parquet", ".pq")) for name in files):
+        return "holds Parquet files, but no corpus: align_corpus.py makes one of prompts"
+    return "holds no corpus: name the output.root of align_corpus.py or score_corpus.py"

@@ -9,7 +9,7 @@ from typing import Any
 from actors.contract import ConfigError
 from pipelines.corpus.commit import unit_facts
 from pipelines.corpus.parquet import Damaged
-from pipelines.corpus.state import State
+from pipelines.corpus.state import KINDS, State, kinds_of
 from pipelines.corpus.storage import Storage
 
 ABSENT = "(not there)"
@@ -74,6 +74,18 @@ def latest_pace(output: Storage) -> dict[str, Any] | None:
         return None
     pace: dict[str, Any] = json.loads(output.read(f"runs/{max(names)}"))
     return pace
+
+
+def refuse_other_kind(output: Storage) -> None:
+    """Raise ConfigError where the root holds another of KINDS: its card, runs and units would become a mixture."""
+    found = kinds_of(output)
+    run = None if found else latest_run(output)
+    if run is not None:  # which has not come to a partition
+        found = {"preferences" if "build" in run["config"] else "corpus"}
+    for kind in sorted(found - {output.partitions}):
+        raise ConfigError(
+            f"output.root {output.url!r} holds {KINDS[kind]}: take another folder for {KINDS[output.partitions]}"
+        )
 
 
 def check_input_root(before: str, now: str, *, has_rows: bool, accept_changes: bool) -> None:

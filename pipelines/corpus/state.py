@@ -10,6 +10,9 @@ from pipelines.corpus.shards import Listed, Shard, shard_of
 from pipelines.corpus.storage import Storage, concurrently
 from pipelines.corpus.units import Coverage, Unit
 
+KINDS = {"corpus": "a corpus", "preferences": "a preference dataset"}
+"""What a root may hold, by the name of the folder of its partitions."""
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -70,6 +73,11 @@ class State:
             for record in partition.manifest["finished_shards"]
             for shard in [shard_of(record)]
         }
+
+
+def kinds_of(root: Storage) -> set[str]:
+    """The keys of KINDS of which the root has partitions, finished or not."""
+    return {name for name in KINDS if any(each.startswith("run=") for each in root.folders(name))}
 
 
 def partition_folder(output: Storage, number: int) -> str:

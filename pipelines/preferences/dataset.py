@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from pipelines.corpus.card import card_config, made_with, size_category
+from pipelines.corpus.card import card_config, card_configs, made_with, size_category
 from pipelines.corpus.publish import Kind
 from pipelines.corpus.storage import Storage
 from pipelines.corpus.units import Unit
@@ -114,12 +114,13 @@ def _write_jsonl(output: Storage, part: dict[str, Any]) -> dict[str, Any]:
 def card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | None) -> str:
     """The dataset card: a config `default` with its splits, counts, checked facts and the settings of the last run."""
     parts = [part for manifest in found for part in manifest[FOLDER]]
+    dropped = [part for manifest in found for part in manifest["dropped"]]
     num_rows = sum(part["num_rows"] for part in parts)
     header = {
         "pretty_name": title,
         "tags": ["preference", "synthetic", "alignment", "burnish"],
         "size_categories": [size_category(num_rows)],
-        "configs": list(_configs(parts, [part for manifest in found for part in manifest["dropped"]])),
+        "configs": card_configs(_by_split(parts), card_config("dropped", dropped)),
     }
     lines = ["---", yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(), "---", "", f"# {title}", ""]
     lines += ["Preferences between answers to one prompt, built from a corpus by burnish.", ""]
@@ -145,6 +146,9 @@ def card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | None) ->
         lines += ["", "## Columns", "", "| column | type |", "|---|---|"]
         lines += [f"| `{name}` | `{dtype}` |" for name, dtype in run["columns"].items()]
         lines += made_with(run)
+        lines += ["", "## The corpus", "", f"What it was built from is at `{run['input_root']}`."]
+        for note in run.get("notes", []):  # records of earlier versions have none
+            lines += ["", note]
         export = run["config"]["export"]
         if export:
             told = EXPORTERS[export].read(run["config"]["build"]["strategy"])
@@ -153,17 +157,14 @@ def card(title: str, found: list[dict[str, Any]], run: dict[str, Any] | None) ->
     return "\n".join(lines)
 
 
-def _configs(parts: list[dict[str, Any]], dropped: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The configs of the YAML header: the dataset by split, and what was dropped."""
-    if parts:
-        files = [
-            {"split": split, "path": paths}
-            for split in SPLITS
-            if (paths := [part["path"] for part in parts if part["path"].rsplit("/", 1)[1].startswith(f"{split}-")])
-        ]
-        yield card_config("default", parts) | {"data_files": files}
-    if dropped:
-        yield card_config("dropped", dropped)
+def _by_split(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The config `default` of the YAML header: the dataset by split."""
+    files = [
+        {"split": split, "path": paths}
+        for split in SPLITS
+        if (paths := [part["path"] for part in parts if part["path"].rsplit("/", 1)[1].startswith(f"{split}-")])
+    ]
+    return card_config("default", parts) | {"data_files": files}
 
 
 def _told(value: Any) -> str:

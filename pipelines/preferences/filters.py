@@ -220,15 +220,21 @@ def _read_benchmarks(paths: tuple[str, ...], ngram: int, options: str) -> Benchm
     return Benchmarks(wanted_grams, frozenset(messages), digest.hexdigest()[:16])
 
 
-def _texts(path: str, data: bytes) -> Iterator[str]:
+def _texts(path: str, data: bytes) -> list[str]:
+    """Raises ValueError where there is none, or it cannot be told how they are written."""
     if path.endswith((".parquet", ".pq")):
-        yield from _strings(pq.read_table(pa.BufferReader(data)).to_pylist())
+        found = list(_strings(pq.read_table(pa.BufferReader(data)).to_pylist()))
     elif path.endswith(".json"):
-        yield from _strings(json.loads(data))
+        found = list(_strings(json.loads(data)))
     elif path.endswith(".jsonl"):
-        yield from _strings([json.loads(line) for line in data.splitlines() if line.strip()])
+        found = list(_strings([json.loads(line) for line in data.splitlines() if line.strip()]))
+    elif path.endswith(".txt"):
+        found = data.decode().splitlines()
     else:
-        yield from data.decode().splitlines()
+        raise ValueError("it is none of .parquet, .jsonl, .json and .txt")
+    if not any(words(text) for text in found):
+        raise ValueError("it holds no text")
+    return found
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -45,7 +45,7 @@ class PreferencesJob(Job[BuildPreferencesConfig]):
         return plan
 
     def told(self, plan: Plan) -> dict[str, Any]:
-        return {"columns": output_columns(self.config, plan.kept_types)}
+        return {"columns": output_columns(self.config, plan.kept_types), "notes": self.source.notes()}
 
     def despite(self, plan: Plan) -> str | None:
         return "these parts of the corpus cannot be read as the others can"

@@ -1,5 +1,6 @@
 """What the job prints besides its progress: the dry run's plan and the summary."""
 
+from collections import Counter
 from typing import Any
 
 from pipelines.corpus.plan import Plan
@@ -10,6 +11,26 @@ from pipelines.preferences import checks
 from pipelines.preferences.build import output_columns
 from pipelines.preferences.settings import BuildPreferencesConfig
 from pipelines.report import say
+
+WAYS_OUT = {
+    "no_candidate": "they have no answers",
+    "failed": "their answers or aligned texts failed; `responses` and `aligned` of the corpus tell why",
+    "other_kind": "build.candidates takes none of what they have",
+    "other_policy": "build.models and build.exclude_models leave none of their policies",
+    "unfinished": "their answers were cut at max_tokens; build.require_finish=[] takes them all the same",
+    "empty": "their answers are empty",
+    "not_scored": "their texts have no such reward; the card of the corpus tells why, score_corpus.py scores them anew",
+    "duplicate_prompt": "they are in another partition already; prompts.dedup=none takes them all the same",
+    "contaminated": "they share text with the files of prompts.decontaminate",
+    "one_candidate": "there is nothing to compare; align with more candidates or policies, or without build.candidates",
+    "aligned_lost": "the response has the higher reward; build.prefer=best_worst takes the better text, of both kinds",
+    "tie": "their texts have equal rewards; take another reward, or several by build.reward_weights",
+    "same_text": "the aligned text is the response; build.prefer=best_worst compares candidates with each other",
+    "small_margin": "lower build.min_margin",
+    "length_ratio": "raise build.max_length_ratio",
+    "no_step": "one answer begins with all of the other",
+}
+"""What to do about each cause for which prompts are dropped."""
 
 
 def print_dry_run(config: BuildPreferencesConfig, plan: Plan) -> None:
@@ -48,6 +69,10 @@ def print_summary(output: Storage, published: Published, *, jsonl: bool) -> None
     for line in facts(checks.report(checks.summed(manifest["checks"] for manifest in new))):
         print(line)
     print(f"dataset: {where}")
+    if not any(manifest["num_made"] for manifest in new):
+        causes = sum((Counter(manifest["causes"]) for manifest in new), Counter[str]())
+        ((cause, count),) = causes.most_common(1)
+        print(f"no rows came out: {count} of {causes.total()} prompts were dropped as {cause}: {WAYS_OUT[cause]}")
 
 
 def _listed(counts: dict[str, int], before: str = "") -> str:

@@ -28,13 +28,19 @@ class CorpusConfig:
     """The corpus that the preferences are built from."""
 
     path: str = option("???", "output root of align_corpus or score_corpus; only published partitions are read")
-    keep_columns: list[str] = option([], "columns of the corpus carried along unchanged", changes_rows=True)
+    keep_columns: list[str] = option(
+        [],
+        'columns of the corpus carried along unchanged; ["*"]: all that there are besides those of every corpus',
+        changes_rows=True,
+    )
 
     def __post_init__(self) -> None:
         made = {name for columns in schema.STRATEGIES.values() for name in columns.names}
         taken = sorted(set(self.keep_columns) & {*made, *schema.RANKED.names, *schema.CANDIDATE.names})
         if taken:
-            raise ConfigError(f"keep_columns may not name {', '.join(taken)}: that name has a meaning of its own here")
+            raise ConfigError(
+                f"keep_columns may not name {', '.join(taken)}, which has a meaning of its own here: name those to keep"
+            )
         if len(set(self.keep_columns)) < len(self.keep_columns):
             raise ConfigError("keep_columns names a column twice")
 
@@ -61,7 +67,7 @@ class BuildConfig:
     candidates: Literal["all", "response", "aligned"] = option(
         "all", "which of the policies' responses and their aligned texts are candidates", changes_rows=True
     )
-    require_finish: list[str] = option(
+    require_finish: list[Literal["stop", "length"]] = option(
         ["stop"],
         "finish reasons of usable candidates; stored texts, which have none, count as stop; empty: any",
         changes_rows=True,
@@ -74,7 +80,10 @@ class BuildConfig:
         changes_rows=True,
     )
     min_margin: float = option(
-        0.0, "least difference of rewards between chosen and rejected; ties are never used", changes_rows=True
+        0.0,
+        "least difference of rewards between chosen and rejected, or (`unpaired`) between an answer and the threshold; "
+        "ties are never used",
+        changes_rows=True,
     )
     max_length_ratio: float | None = option(
         None,

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from actors.contract import ConfigError
 from pipelines.corpus.parquet import Watched, first_line, is_damage
 from pipelines.corpus.published import CorpusInput
+from pipelines.corpus.runs import latest_run
 from pipelines.corpus.shards import InputConfig, Listed
 
 ROWS_AT_ONCE = 1 << 14
@@ -51,6 +52,11 @@ class PublishedCorpus(CorpusInput):
         if size != shard.size:
             raise ConfigError(f"{shard.path} has {size} bytes, and its manifest says {shard.size}; restore it")
         return path
+
+    def notes(self) -> list[str]:
+        """What whoever uses its rows must know of how they were made; [] where there is no record of that."""
+        run = latest_run(self._corpus)
+        return [] if run is None else list(run.get("notes", []))
 
 
 def shard_config(path: str, keep_columns: list[str]) -> InputConfig:

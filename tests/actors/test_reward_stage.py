@@ -85,10 +85,18 @@ def run(packed: pa.Table, *names: str) -> list[dict[str, Any]]:
     return rows
 
 
+def told(row: dict[str, Any]) -> list[str]:
+    """The row's notes, each with its message if it has one."""
+    return [
+        f"{each['reward']}: {each['note']}" + (f" ({each['message']})" if each["message"] else "")
+        for each in row["reward_notes"]
+    ]
+
+
 def test_every_candidate_has_its_score_and_what_failed_has_none(engine: Lengths) -> None:
     (row,) = run(unit_of((["a", None, "ccc"], ["bb", None, None])), "r")
     assert row["rewards"] == [{"name": "r", "response": [1.0, None, 3.0], "aligned": [2.0, None, None]}]
-    assert row["reward_notes"] == []
+    assert told(row) == ["r: scored"] * 3
     assert engine.asked[0] == (("user", "prompt 0"), ("assistant", "a"))
 
 
@@ -101,22 +109,42 @@ def test_a_text_that_comes_twice_in_a_row_is_asked_about_once(engine: Lengths) -
 def test_what_cannot_be_scored_loses_no_row_and_its_cause_is_told(engine: Lengths) -> None:
     first, second = run(unit_of((["fail"], ["well"]), (["ok"], ["ok"])), "r")
     assert first["rewards"] == [{"name": "r", "response": [None], "aligned": [4.0]}]
-    assert first["reward_notes"] == ["r: prompt_too_long"]
+    assert told(first) == ["r: prompt_too_long (9 tokens)", "r: scored"]
     assert first["problem"] is None
-    assert second["reward_notes"] == []
+    assert told(second) == ["r: scored"]
 
 
 @pytest.mark.parametrize("score", ["nan", "inf", "-inf"])
 def test_a_score_that_is_no_number_is_none(engine: Lengths, score: str) -> None:
     (row,) = run(unit_of((["ok"], [score])), "r")
     assert row["rewards"] == [{"name": "r", "response": [2.0], "aligned": [None]}]
-    assert row["reward_notes"] == ["r: reward_failed"]
+    assert told(row) == ["r: scored", f"r: reward_failed (the score is {score})"]
+
+
+@pytest.mark.parametrize(("verdict", "notes"), [("Hm.", ["unreadable_verdict"]), ("[[C]]", ["scored", "judged_tie"])])
+def test_what_a_judge_compares_with_is_not_told_as_scored(
+    verdict: str, notes: list[str], engine: Lengths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def generate(request: Request) -> Completion:
+        return Completion(verdict, "stop", None, None)
+
+    monkeypatch.setattr(engine, "generate", generate)
+    arguments = {name: value for name, value in shared().items() if name != "run_seed"}
+    judge = RewardStage(RewardConfig(engine="openai", model="m", name="r"), name="reward", **arguments)
+
+    async def through() -> pa.Table:
+        (made,) = [made async for made in judge(unit_of((["a"], ["b"])))]
+        return made
+
+    (row,) = unpack(asyncio.run(through())).to_pylist()
+    assert row["rewards"][0]["response"] == [0.5]
+    assert [note["note"] for note in row["reward_notes"]] == [*notes, *notes[1:]]
 
 
 def test_a_second_reward_stands_beside_the_first_and_one_of_the_same_name_in_its_place(engine: Lengths) -> None:
     (row,) = run(unit_of((["fail"], ["b"])), "r", "s", "r")
     assert [reward["name"] for reward in row["rewards"]] == ["s", "r"]
-    assert row["reward_notes"] == ["r: prompt_too_long", "s: prompt_too_long", "r: prompt_too_long"]
+    assert told(row) == [each for name in "rsr" for each in (f"{name}: prompt_too_long (9 tokens)", f"{name}: scored")]
 
 
 def test_a_row_with_a_problem_is_not_scored(engine: Lengths) -> None:

@@ -88,19 +88,41 @@ def test_scoring_a_corpus_comes_to_what_the_job_would_have_scored(runs: Runs) ->
 @pytest.mark.parametrize("job", ["in_job", "afterwards"])
 def test_the_summary_tells_rewards_before_and_after_and_what_has_none(runs: Runs, job: str) -> None:
     completed: CompletedJob = getattr(runs, job)
-    lines = [line for line in completed.stdout.splitlines() if line.startswith("reward ")]
+    *lines, first = [line for line in completed.stdout.splitlines() if line.startswith("reward ")]
     (means,) = [manifest["rewards"] for manifest in manifests(runs.scored)]
     assert lines == [
         f"reward rules: {means['rules']['response']:.4g} -> {means['rules']['aligned']:.4g} (+0) over 15 candidates",
         f"reward words: {means['words']['response']:.4g} -> {means['words']['aligned']:.4g} (+0) over 12 candidates; "
         "texts without a score: 3 reward_failed",
     ]
+    asked = next(row["prompt_id"] for row in corpus(runs.scored) if "seven" in row["responses"][0]["text"])
+    cause = "tests.end_to_end.scores:words: ValueError: seven is too much"
+    assert first == f"reward words: the first without a score is reward_failed of {asked}: {cause}"
     assert "not a measure of quality" in completed.stdout
+    shown = corpus(runs.scored)[0]["rewards"]
+    scores = ", ".join(f"{each['name']} {each['response'][0]:.4g} -> {each['aligned'][0]:.4g}" for each in shown)
+    assert f"  rewards  {scores}" in completed.stdout.splitlines()
+    assert ("answers changed" in completed.stdout) == (job == "in_job")
+
+
+def test_what_a_reward_could_not_score_is_not_published_unless_told_to(
+    runs: Runs, command_line: CommandLine, tmp_path: Path
+) -> None:
+    job = [f"input.path={runs.plain}", f"output.root={tmp_path / 'scored'}", "reward.model=words"]
+    job += ["reward.engine=rules", "reward.rules={tests.end_to_end.scores:words: 1}"]
+    told = score(command_line, *job, "run.max_unscored_fraction=0.1").expect(3).errors
+    (message,) = [line for line in told if line.startswith("error: ")]
+    assert message.startswith("error: reward words: 3 of 15 texts have no score, more than run.max_unscored_fraction")
+    assert "ValueError: seven is too much. run.max_unscored_fraction=1 publishes them all the same" in message
+    assert not (tmp_path / "scored" / "corpus").exists()
+    score(command_line, *job).expect(0)
+    assert len(corpus(tmp_path / "scored")) == 9
 
 
 def test_the_card_tells_the_rewards(runs: Runs) -> None:
     card = (runs.scored / "README.md").read_text()
-    assert "| run=000001 | words | 12 |" in card
+    (words,) = [line for line in card.splitlines() if line.startswith("| run=000001 | words | 12 |")]
+    assert words.endswith(" | 3 reward_failed |")
     assert "not a measure of quality" in card
 
 

@@ -26,6 +26,7 @@ class Model:
     stop: list[str] = option([], "strings that end an answer", changes_rows=True)
     dtype: Literal["bfloat16", "float32"] = option("bfloat16", "of weights", changes_rows=True)
     batch: int = option(32, "rows at a time")
+    weights: dict[str, float] = option({}, "of each rule")
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -153,6 +154,24 @@ def test_mappings_merge_and_lists_replace(tmp_path: Path) -> None:
     assert config.aligner.stop == ["c"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text", "weights"),
+    [
+        (["policy.weights={mine:brevity: 1}"], "", {"mine:brevity": 1.0}),
+        ([], "policy: {preset: weighed, weights: {mine:brevity: 1}}", {"mine:brevity": 1.0}),
+        (["policy.weights={a: 1}"], "policy: {weights: {b: 1}}", {"a": 1.0}),
+        (["policy.weights.length=2"], "", {"length": 2.0, "format": 0.5}),
+    ],
+)
+def test_weights_replace_those_of_the_layer_below_unless_one_is_named_alone(
+    arguments: list[str], text: str, weights: dict[str, float], tmp_path: Path, conf: Path
+) -> None:
+    (conf / "policy/weighed.yaml").write_text("model: m\nweights: {length: 0.5, format: 0.5}\n")
+    preset = [] if "preset" in text else ["policy=weighed"]
+    config, _ = make(*SET, *preset, *arguments, text=text, tmp=tmp_path)
+    assert config.policy is not None and config.policy.weights == weights
+
+
 def test_unset_marks_in_a_copied_reference_hide_no_preset(tmp_path: Path) -> None:
     text = reference_yaml(Job).replace("policy: null", "policy:").replace("  # model: ???", "  model: ???")
     assert make(*SET, "policy=small", text=text, tmp=tmp_path)[0].policy == Model("small", 0.5)
@@ -202,7 +221,10 @@ def test_numbers() -> None:
         ("aligner.temperature=[1]", "aligner.temperature expects a number, got [1]"),
         ("aligner.top_k=x", "aligner.top_k expects an integer or null, got 'x'"),
         ("aligner.dtype=int8", "aligner.dtype expects one of bfloat16, float32, got 'int8'"),
-        ("aligner.stop=a", "aligner.stop expects a list, each element text, got 'a'"),
+        ("aligner.stop=a", "aligner.stop expects a list, each element text, got 'a': write [a]"),
+        ("aligner.stop=a, b c", "got 'a, b c': write [a, \"b c\"]"),
+        ("policies=big", "policies expects a list, each element a mapping, got 'big': write [big]"),
+        ("aligner.weights={a:b:1.0}", "aligner.weights: 'a:b:1.0' lacks a space after its last colon: 'a:b: 1.0'"),
         ("aligner.stop=[a, [b]]", "aligner.stop.1 expects text, got ['b']"),
         ("site.progress=2", "site.progress expects true or false, got 2"),
         ("site.storage=3", "site.storage expects a mapping, got 3"),

@@ -1,6 +1,7 @@
 """Run records, fingerprints and which differences between two runs are refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,13 @@ from actors.contract import ConfigError
 from actors.policy import PolicyConfig
 from actors.reward import RewardConfig
 from pipelines.corpus.publish import OutputConfig, publish
+from pipelines.corpus.published import CorpusConfig
 from pipelines.corpus.runs import check_fingerprint, create_run, digest, latest_run, making_run
 from pipelines.corpus.shards import InputConfig
 from pipelines.corpus.state import read_state
 from pipelines.corpus.storage import Storage
 from pipelines.reference import reference_yaml
-from pipelines.settings import AlignCorpusConfig, RunConfig, ScoreCorpusConfig, SiteConfig, fingerprint
+from pipelines.settings import AlignCorpusConfig, RunConfig, ScoreCorpusConfig, SiteConfig, fingerprint, rewards
 from tests.pipelines.corpus.fabricate import commit_units, fake_shard
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -113,6 +115,13 @@ def test_a_change_is_refused_while_units_wait_and_needs_consent_after(tmp_path: 
             check(unpublished=True, published=True, accept=accept)
     with pytest.raises(ConfigError, match=r"gone was 1 and is '\(not there\)'; new was .* run\.accept_changes=true"):
         check(unpublished=False, published=True, accept=False)
+
+
+def test_rewards_need_no_first_one_but_one_there_must_be() -> None:
+    alone = ScoreCorpusConfig(input=CorpusConfig(path="/in"), output=OutputConfig(root="/out"), rewards=[RULES])
+    assert rewards(alone) == {"reward": RULES}
+    with pytest.raises(ConfigError, match="reward: nothing scores; name a reward, as in reward=rules"):
+        replace(alone, rewards=[])
 
 
 def test_stored_answers_need_a_column() -> None:

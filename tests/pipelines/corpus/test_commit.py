@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actors.contract import ALIGNED_LIST, pack, unpack, with_columns
+from actors.contract import ALIGNED_LIST, REWARD_NOTES, pack, unpack, with_columns
 from pipelines.corpus import schema
 from pipelines.corpus.commit import METADATA_KEY, Committer, unit_facts
 from pipelines.corpus.parquet import Damaged
@@ -90,6 +90,19 @@ def test_a_commit_tells_how_its_answers_were_aligned(source: Input, local_output
     (told,) = committer(source, local_output)(packed).to_pylist()
     assert (told["candidates"], told["changed"]) == (3, 1)
     assert (told["iterations"], told["tokens"], told["accepted"]) == ([3, 5], 11, 2)
+
+
+def test_a_commit_tells_what_could_not_be_scored(source: Input, local_output: Storage) -> None:
+    failed = {"reward": "r", "note": "reward_failed", "message": "m"}
+    notes = [[{**failed, "note": "scored", "message": None}, failed], None, [failed], None]
+    packed = with_columns(packed_unit(source, local_output), {"reward_notes": pa.array(notes, REWARD_NOTES)})
+    (told,) = committer(source, local_output)(packed).to_pylist()
+    table = read_rows_of(local_output, f"units/{told['unit']}.parquet")
+    facts = json.loads(table.schema.metadata[METADATA_KEY])
+    assert facts["reward_notes"] == {"r: scored": 1, "r: reward_failed": 2}
+    assert facts["unscored"] == {
+        "r: reward_failed": {"prompt_id": table["prompt_id"][0].as_py(), "message": "m"}
+    }  # fmt: skip
 
 
 def test_a_second_copy_of_a_unit_loses_and_the_first_ones_rows_stay(output: Storage, source: Input) -> None:

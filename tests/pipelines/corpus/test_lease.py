@@ -57,11 +57,15 @@ def test_a_second_job_waits_and_refuses_on_a_heartbeat_naming_the_first(output: 
 
 def test_a_released_lease_is_taken_at_once_and_silently(output: Storage) -> None:
     told: list[str] = []
-    with lease(output):
-        pass
+    with lease(output) as held:
+        assert held.is_first
+    with lease(output, 30, told) as held:
+        assert not held.is_first
     assert seconds_to_take(output, 30, told) < 5
     assert told == []
-    assert [name for name in output.sizes("leases") if name.endswith(".json")] == ["000001.json", "000002.json"]
+    assert [name for name in output.sizes("leases") if name.endswith(".json")] == [
+        "000001.json", "000002.json", "000003.json"
+    ]  # fmt: skip
 
 
 def test_a_job_that_fails_releases_its_lease(local_output: Storage) -> None:

@@ -127,7 +127,7 @@ def test_a_partition_of_which_every_row_is_quarantined_has_no_corpus_part(local_
     (manifest,) = manifests_of(local_output)
     assert manifest["corpus"] == []
     check_exactly_once(local_output, rows_of(OTHER))
-    assert [config["config_name"] for config in card_header(local_output)["configs"]] == ["quarantine"]
+    assert [config["config_name"] for config in card_header(local_output)["configs"]] == ["quarantine", "default"]
 
 
 def test_part_size_cuts_parts_at_units_and_zero_makes_one(tmp_path: Path) -> None:
@@ -692,6 +692,25 @@ def test_another_root_of_the_same_name_is_not_loaded_from_a_cache(tmp_path: Path
         publish(output, OutputConfig(root=output.url))
         found.append(len(datasets.load_dataset(output.root, split="train", cache_dir=str(tmp_path / "cache"))))
     assert found == [11, 10]
+
+
+def test_a_corpus_without_rows_does_not_load_its_quarantine_instead(tmp_path: Path) -> None:
+    output = Storage(str(tmp_path / "out"))
+    commit_units(output, SHARD, quarantined=range(SHARD.num_rows))
+    publish(output, OutputConfig(root=output.url))
+    cache = str(tmp_path / "cache")
+    with pytest.raises(ValueError, match="data_files are invalid"):
+        datasets.load_dataset(output.root, cache_dir=cache)
+    quarantined = datasets.load_dataset(output.root, "quarantine", split="train", cache_dir=cache)
+    assert len(quarantined) == SHARD.num_rows
+
+
+def test_a_root_of_which_nothing_may_be_published_loads_nothing(tmp_path: Path) -> None:
+    output = Storage(str(tmp_path / "out"))
+    commit_units(output, SHARD, quarantined=[1, 2])
+    assert publish(output, OutputConfig(root=output.url), max_quarantined_fraction=0.1).withheld
+    with pytest.raises(datasets.exceptions.DataFilesNotFoundError):
+        datasets.load_dataset(output.root, cache_dir=str(tmp_path / "cache"))
 
 
 def test_the_card_says_what_is_there(published_twice: Storage) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def open_corpus(corpus: Storage) -> CorpusInput:
 
 def plan_scores(corpus: Storage, scored: Storage, **more: Any) -> tuple[CorpusInput, CorpusConfig, Plan]:
     source = open_corpus(corpus)
-    config = source.with_columns(ALL)
+    config = replace(ALL, keep_columns=source.kept_columns(ALL.keep_columns))
     return source, config, plan_of(source, config, scored, unit_rows=2, **more)  # type: ignore[arg-type]
 
 
@@ -159,21 +160,35 @@ def test_a_partition_without_success_is_not_there_yet(prompts: Path, corpus: Sto
         open_corpus(corpus).listing()
 
 
-def test_a_folder_of_anything_else_is_refused(tmp_path: Path, prompts: Path) -> None:
-    write_shard(prompts / "a.parquet", 3)
-    for path in (prompts, tmp_path / "nowhere"):
-        with pytest.raises(ConfigError, match="holds no published partition of a corpus"):
-            CorpusInput(str(path)).with_columns(ALL)
+def test_what_is_no_corpus_is_refused_by_what_it_is(
+    prompts: Path, local_output: Storage, scored: Storage, tmp_path: Path
+) -> None:
+    night(prompts, local_output, 1)
+    scored.create("preferences/run=000001/plan.json", b"{}")
+    (tmp_path / "empty").mkdir()
+    root = local_output.url
+    for path, told in {
+        str(tmp_path / "nowhere"): "does not exist",
+        str(tmp_path / "empty"): "holds no corpus: name the output.root of align_corpus.py or score_corpus.py",
+        str(prompts): "holds Parquet files, but no corpus: align_corpus.py makes one of prompts",
+        str(prompts / "night-1.parquet"): "is a file, or lies below one: name a folder",
+        f"{root}/corpus": f"lies inside a corpus: name its root, input.path={root}",
+        f"{root}/corpus/run=000001/": f"lies inside a corpus: name its root, input.path={root}",
+        scored.url: "holds a preference dataset, no corpus: name the corpus that it was built from",
+    }.items():
+        with pytest.raises(ConfigError) as refused:
+            CorpusInput(path).kept_columns(["*"])
+        assert told in str(refused.value)
 
 
 def test_columns_that_differ_between_partitions_must_be_named(prompts: Path, corpus: Storage, scored: Storage) -> None:
     night(prompts, corpus, 1)
     night(prompts, corpus, 2, keep=["size", "topic"])
     with pytest.raises(ConfigError, match=r"run=000001: topic; run=000002: size, topic.*input.keep_columns"):
-        open_corpus(corpus).with_columns(ALL)
+        open_corpus(corpus).kept_columns(["*"])
     source = open_corpus(corpus)
     named = CorpusConfig(path="corpus", keep_columns=["topic"])
-    assert source.with_columns(named) == named
+    assert source.kept_columns(["topic"]) == ["topic"]
     shards, bad, types = source.footers(source.listing(), named, {})
     assert (len(shards), bad, types) == (2, [], {"topic": "string"})
     _, (missing,), _ = source.footers(source.listing(), CorpusConfig(path="corpus", keep_columns=["size"]), {})

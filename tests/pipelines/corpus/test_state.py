@@ -9,7 +9,7 @@ import pytest
 from actors.contract import ConfigError
 from pipelines.corpus import units
 from pipelines.corpus.publish import OutputConfig, publish
-from pipelines.corpus.runs import check_fingerprint, create_run, digest, latest_run
+from pipelines.corpus.runs import check_fingerprint, create_run, digest, latest_run, refuse_other_kind
 from pipelines.corpus.state import partition_folder, read_state
 from pipelines.corpus.storage import Storage
 from pipelines.corpus.units import Unit
@@ -18,6 +18,7 @@ from tests.pipelines.corpus.interrupted import Killed, Stepped, at, kill
 
 CONFIG = OutputConfig(root="out", part_mib=0)
 SHARD = fake_shard(row_groups=(8, 4))
+CONFIGS_OF = {"corpus": {"aligner": {}}, "preferences": {"build": {}}}
 
 
 def test_an_empty_root_has_nothing(output: Storage) -> None:
@@ -152,3 +153,26 @@ def test_a_changed_config_needs_to_be_accepted_once_there_are_partitions() -> No
 def test_a_key_that_is_new_or_gone_is_a_change_and_is_told() -> None:
     with pytest.raises(ConfigError, match=r"seed was '\(not there\)' and is 1"):
         _check({}, {"seed": 1}, has_published=True)
+
+
+@pytest.mark.parametrize(("there", "told"), [("corpus", "a corpus"), ("preferences", "a preference dataset")])
+@pytest.mark.parametrize("by", ["partition", "run"])
+def test_a_root_of_the_other_kind_is_refused(there: str, told: str, by: str, local_output: Storage) -> None:
+    if by == "partition":
+        local_output.create(f"{there}/run=000001/plan.json", b"{}")
+    else:  # one that has not come to a partition yet
+        create_run(local_output, {"config": CONFIGS_OF[there]})
+    for kind in CONFIGS_OF:
+        output = Storage(local_output.url, partitions=kind)
+        if kind == there:
+            refuse_other_kind(output)
+        else:
+            with pytest.raises(ConfigError, match=f"output.root .* holds {told}: take another folder"):
+                refuse_other_kind(output)
+
+
+def test_a_new_root_and_one_below_a_file_are_told_apart(local_output: Storage) -> None:
+    refuse_other_kind(local_output)
+    local_output.create("taken", b"")
+    with pytest.raises(ConfigError, match="is a file, or lies below one: name a folder"):
+        refuse_other_kind(Storage(f"{local_output.url}/taken"))

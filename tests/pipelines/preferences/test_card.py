@@ -1,10 +1,12 @@
 """The dataset card: schema, counts, models and rewards, and how the trainer reads what was exported for it."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from pipelines.build_preferences import main
+from pipelines.corpus.storage import Storage
 from tests.pipelines.preferences.fabricate import candidate, publish_corpus, row, table
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -18,7 +20,10 @@ def test_card_tells_what_the_dataset_is_made_of(tmp_path: Path) -> None:
             for number, policy in enumerate(policies, 1)
         ]
     )
-    job = [f"input.path={publish_corpus(tmp_path / 'corpus', corpus)}", f"output.root={tmp_path / 'root'}"]
+    root = publish_corpus(tmp_path / "corpus", corpus)
+    note = "The reward q is a sum of rules (1 length): not a measure of quality."
+    Storage(str(root)).create("runs/000001.json", json.dumps({"notes": [note]}).encode())
+    job = [f"input.path={root}", f"output.root={tmp_path / 'root'}"]
     assert main([*job, "build.reward=q", "export=openrlhf", "prompts.dedup=none"]) == 0
     card = (tmp_path / "root" / "README.md").read_text()
     for line in (
@@ -30,6 +35,8 @@ def test_card_tells_what_the_dataset_is_made_of(tmp_path: Path) -> None:
         "| `rejected_model` | 1 `large`, 2 `small` |",
         "| `build.reward` | `q` |",
         "| `chosen` | `list<item: struct<role: string not null, content: string not null>>` |",
+        f"What it was built from is at `file://{root}`.",
+        note,
         "## Read it: openrlhf",
         "python -m openrlhf.cli.train_dpo --data.dataset <this folder> --data.apply_chat_template …",
     ):

@@ -127,6 +127,21 @@ def test_a_benchmark_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         benchmarks_of(PromptsConfig(decontaminate=[str(tmp_path / "none.jsonl")]), {})
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("mk.py", "print('What is four times six?')", "it is none of .parquet, .jsonl, .json and .txt"),
+        ("empty.jsonl", "\n", "it holds no text"),
+        ("numbers.json", "[1, 2]", "it holds no text"),
+        ("blank.txt", " \n\n", "it holds no text"),
+    ],
+)
+def test_a_file_that_is_no_benchmark_is_refused(name: str, content: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=rf"prompts\.decontaminate: cannot read .*{name}: {told}"):
+        benchmarks_of(PromptsConfig(decontaminate=[str(tmp_path / name)]), {})
+
+
 def test_signatures_of_nothing_are_nothing() -> None:
     assert len(shingled(pa.array([], pa.string()))["signature"]) == 0
     assert np.asarray(shingled(pa.array(["", "a"]))["signature"].flatten()).shape == (256,)

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines import job as every_job
 from pipelines.build_preferences import main
+from pipelines.corpus.plan import Plan
 from pipelines.corpus.storage import Storage
 from pipelines.preferences import schema
 from pipelines.preferences.build import Builder
@@ -136,11 +139,13 @@ def test_only_new_partitions_are_built_and_prompts_of_old_ones_are_known(
     assert manifest["causes"]["duplicate_prompt"] == 6, "two of run 1, and four of its own"
 
 
-def test_kept_columns_go_along_whatever_they_hold(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", ["[topic, score]", '["*"]'])
+def test_kept_columns_go_along_whatever_they_hold(keep: str, tmp_path: Path) -> None:
     some = table(rows(count=3), topic=["", None, "c"], score=[float("nan"), 1.0, 2.0])
     corpus = publish_corpus(tmp_path / "corpus", some)
-    assert main(job(corpus, tmp_path / "out", "input.keep_columns=[topic, score]", "build=unpaired")) == 0
+    assert main(job(corpus, tmp_path / "out", f"input.keep_columns={keep}", "build=unpaired")) == 0
     made = published(tmp_path / "out")
+    assert np.isnan(made[0]["score"])
     assert [(each["prompt"][0]["content"][-2], each["topic"]) for each in made] == [
         ("0", ""), ("0", ""), ("1", None), ("1", None), ("2", "c"), ("2", "c")
     ]  # fmt: skip
@@ -290,6 +295,19 @@ def test_the_dataset_loads_by_split_through_its_card(corpus: Path, tmp_path: Pat
     }
     dropped = datasets.load_dataset(str(tmp_path / "out"), "dropped", split="train", cache_dir=cache)
     assert set(dropped["cause"]) == {"aligned_lost", "tie"}
+
+
+def test_a_dataset_without_rows_says_why_and_does_not_load_what_was_dropped(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(job(corpus, tmp_path / "out", "build.min_margin=9")) == 0
+    better = sum(number % 3 + 2 > number % 5 for number in range(40))
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == f"no rows came out: {better} of 40 prompts were dropped as small_margin: lower build.min_margin"
+    cache = str(tmp_path / "cache")
+    with pytest.raises(ValueError, match="data_files are invalid"):
+        datasets.load_dataset(str(tmp_path / "out"), cache_dir=cache)
+    assert len(datasets.load_dataset(str(tmp_path / "out"), "dropped", split="train", cache_dir=cache)) == 40
 
 
 def test_a_reward_that_is_no_number_stops_the_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -472,11 +490,41 @@ def test_a_task_that_hangs_ends_the_job_with_4_and_what_is_missing_is_named(
 
 def test_what_is_no_corpus_is_refused(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(job(tmp_path / "none", tmp_path / "out")) == 2
-    assert "holds no published partition" in capsys.readouterr().err
+    assert f"input.path '{tmp_path / 'none'}' does not exist" in capsys.readouterr().err
     assert main(job(corpus, corpus)) == 2
     assert "is the corpus that is read" in capsys.readouterr().err
     assert main(job(corpus, tmp_path / "out", "input.keep_columns=[topik]")) == 2
     assert "keep_columns: no shard has that column" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_the_root_of_another_corpus_is_left_as_it_is(
+    flags: list[str], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = publish_corpus(tmp_path / "other", table(rows(3)))
+    before = sorted(other.rglob("*"))
+    assert main([*job(corpus, other), *flags]) == 2
+    told = capsys.readouterr().err
+    assert told == f"error: output.root '{other}' holds a corpus: take another folder for a preference dataset\n"
+    assert sorted(other.rglob("*")) == before
+
+
+def test_what_another_job_made_before_this_one_got_the_lease_is_not_made_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, planned, others = job(corpus, tmp_path / "out"), every_job.Job.planned, [main]
+
+    def overtaken(self: every_job.Job[Any], limit: int | None) -> Plan:
+        plan = planned(self, limit)
+        if others:
+            assert others.pop()(arguments) == 0
+        return plan
+
+    monkeypatch.setattr(every_job.Job, "planned", overtaken)
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("nothing new: ")
+    assert [path.name for path in (tmp_path / "out/runs").iterdir()] == ["000001.json"]
 
 
 @pytest.mark.parametrize(

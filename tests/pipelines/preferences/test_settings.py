@@ -40,6 +40,7 @@ def test_every_strategy_has_a_schema_and_a_preset_of_its_name() -> None:
         (["export=csv"], "export=csv is unknown; there are: "),
         (["build=ranked", "build.reward=a", "export=trl"], "export=trl takes curriculum or pairs"),
         (["prompts.test_fraction=0.5", "prompts.validation_fraction=0.5"], "leave nothing for split `train`"),
+        (["build.require_finish=[stopp]"], "build.require_finish.0 expects one of stop, length, got 'stopp'"),
         (["input.keep_columns=[margin]"], "keep_columns may not name margin"),
         (["build=ranked", "build.reward=a", "build.semantic_encoder=e"], "no effect with strategy=ranked: it is for"),
         (["build=unpaired", "build.reward=a", "build.max_length_ratio=2"], "no effect with strategy=unpaired: it is"),
