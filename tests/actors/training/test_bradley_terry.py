@@ -2,8 +2,10 @@
 
 import math
 import os
+import threading
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -12,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from actors.contract import ConfigError
 from actors.engines.base import ScoringConfig
+from actors.training import bradley_terry as module
 from actors.training.bradley_terry import (
     CHECKPOINT,
     CURVE,
@@ -157,6 +160,66 @@ def test_every_epoch_has_every_pair_once_in_an_order_of_its_own() -> None:
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
     assert numbers_of_step(0, 10, replace(config, seed=1)) != steps[0]
+
+
+class Ranks:
+    """Two ranks as threads of this process, with what training asks of `torch.distributed`."""
+
+    def __init__(self) -> None:
+        self._here, self._meeting = threading.local(), threading.Barrier(2, timeout=60)
+        self._brought: list[Any] = [None, None]
+
+    def rank_and_size(self) -> tuple[int, int]:
+        return self._here.rank, 2
+
+    def all_gather_object(self, shares: list[Any], share: Any) -> None:
+        self._brought[self._here.rank] = share
+        self._meeting.wait()
+        shares[:] = self._brought
+        self._meeting.wait()
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        brought: list[torch.Tensor] = [tensor, tensor]
+        self.all_gather_object(brought, tensor.clone())
+        tensor.copy_(brought[0] + brought[1])
+
+    def barrier(self) -> None:
+        self._meeting.wait()
+
+    def run(self, work: Callable[[PreTrainedModel], Any], models: Sequence[PreTrainedModel]) -> list[Any]:
+        """What each of the ranks comes to, with a model of its own."""
+
+        def as_rank(rank: int) -> Any:
+            self._here.rank = rank
+            torch.set_num_threads(1)
+            return work(models[rank])
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(as_rank, range(2)))
+
+
+def test_two_ranks_take_the_steps_of_one(
+    base: ScoringConfig, pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In steps of three pairs: one rank has more of them than the other, which in the last step has none."""
+    config = replace(CONFIG, batch_size=3, num_epochs=2)
+    told: list[int] = []
+
+    def work(model: PreTrainedModel) -> tuple[list[Step], list[float]]:
+        steps = train(model, pairs, config, tmp_path, "x", 1e9, lambda steps, num_steps: told.append(len(steps)))
+        return steps, margins_of(model, pairs, 100)
+
+    expected, expected_margins = work(load_base(base, None))
+    (tmp_path / CHECKPOINT).unlink()
+    ranks = Ranks()
+    monkeypatch.setattr(module, "rank_and_size", ranks.rank_and_size)
+    monkeypatch.setattr(module, "dist", ranks)
+    for steps, margins in ranks.run(work, [load_base(base, None), load_base(base, None)]):
+        assert [step.num_tokens for step in steps] == [step.num_tokens for step in expected]
+        assert [step.loss for step in steps] == pytest.approx([step.loss for step in expected], rel=1e-3)
+        assert margins == pytest.approx(expected_margins, abs=2e-2)
+    assert max(expected_margins) - min(expected_margins) > 0.5
+    assert told == [*range(7), *range(7)], "the first rank alone tells"
 
 
 # --- what is trained ------------------------------------------------------------------------------------------------
