@@ -162,8 +162,13 @@ def batch_of(lengths: Sequence[int], max_rows: int, max_tokens: int) -> list[int
 
 
 @torch.inference_mode()
-def score_batch(model: PreTrainedModel, rows: list[list[int]]) -> list[float]:
-    """The model's logit of each row of token ids, which are padded on the right.
+def score_batch(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[float]:
+    """The model's logit of each row of token ids."""
+    return [float(score) for score in batch_logits(model, rows).cpu()]
+
+
+def batch_logits(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """The model's logit of each row of token ids, which are padded on the right: float32[n], with its gradient.
 
     Hugging Face takes the logit at the rightmost token that is not `pad_token_id`. Rows come without such tokens at
     their end (`scored_ids`); where the model has none, one that no row holds stands in for it.
@@ -176,14 +181,14 @@ def score_batch(model: PreTrainedModel, rows: list[list[int]]) -> list[float]:
         else min(set(range(len(rows) * max(map(len, rows)) + 1)) - {i for row in rows for i in row})
     )
     width = max(map(len, rows))
-    ids = torch.tensor([row + [filling] * (width - len(row)) for row in rows], device=model.device)
+    ids = torch.tensor([[*row, *[filling] * (width - len(row))] for row in rows], device=model.device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
     try:
         config.pad_token_id = filling
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     finally:
         config.pad_token_id = pad
-    return [float(score) for score in logits[:, 0].float().cpu()]
+    return logits[:, 0].float()
 
 
 def pad_token(model: PreTrainedModel) -> int | None:

@@ -1,0 +1,241 @@
+"""The train_reward job: from pairs to steps, wherever those are taken, to a model and what is told of it."""
+
+import contextlib
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actors.candidates import model_label
+from actors.contract import ConfigError
+from actors.engines.base import ScoringConfig
+from actors.engines.by_url import is_url, on_this_node
+from actors.engines.identity import identity, pinned
+from actors.training.reward_settings import Pair
+from pipelines import report
+from pipelines.cluster import join_or_start, told_by
+from pipelines.config import Flags, changes_rows, resolved
+from pipelines.corpus.runs import ABSENT, digest
+from pipelines.corpus.storage import Storage
+from pipelines.job import DONE
+from pipelines.placement import Need, wait_until_placeable
+from pipelines.settings import code_version
+from pipelines.training.material import digest_of, encoder, gather
+from pipelines.training.reward_report import RECORD, card, print_dry_run, print_pairs, print_summary, result
+from pipelines.training.reward_settings import TrainRewardConfig
+
+if TYPE_CHECKING:
+    from actors.training.bradley_terry import Step
+
+STATE = ".training"
+"""Folder below the output root that holds what a run needs to go on; it goes when the model is there."""
+BEGUN = "run.json"
+FINISHED = "config.json"
+RECENT = 50
+"""Steps that progress is reckoned from."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a process that trains is given.
+
+    Attributes:
+        base: the model, pinned.
+        root: the output root, absolute.
+        record: what is known of the run before it begins, for RECORD and the card.
+    """
+
+    config: TrainRewardConfig
+    base: ScoringConfig
+    train: list[Pair]
+    held_out: list[Pair]
+    root: Path
+    record: dict[str, Any]
+
+
+def run(config: TrainRewardConfig, flags: Flags, command: str) -> int:
+    """Do what the config asks for, and print what came of it. Returns the exit code.
+
+    Raises ConfigError for a user's mistake, and where the output root holds another model.
+    """
+    base = _base(config)
+    material = gather(config.input, config.training, config.site, encoder(on_this_node(base)), flags.limit)
+    made_of = {
+        **changes_rows(config),
+        "training.model": f"{model_label(base)} ({identity(base)})",
+        "input.train": digest_of(material.train),
+        "input.held_out": digest_of(material.held_out),
+    }
+    root = Path(config.output.root).expanduser().absolute()
+    if flags.dry_run:
+        print_dry_run(config.training, base, material)
+        return DONE
+    print_pairs(material)
+    with _held(root, made_of) as is_finished:
+        if not is_finished:
+            record = {
+                "command": command,
+                "code_version": code_version(),
+                "fingerprint": made_of,
+                "files": material.files,
+                "left_out": dict(material.left_out),
+                "config": resolved(config),
+            }
+            _train(Work(config, base, material.train, material.held_out, root, record))
+    print_summary(root, json.loads((root / RECORD).read_text("utf-8")))
+    return DONE
+
+
+def _base(config: TrainRewardConfig) -> ScoringConfig:
+    """The base model as what loads and reads it knows it, pinned."""
+    model = ScoringConfig(
+        model=config.training.model,
+        revision=config.training.revision,
+        model_storage_options=config.site.storage_options if is_url(config.training.model) else {},
+        dtype="float32",
+        device="cuda" if config.run.use_gpu else "cpu",
+    )
+    return pinned(model, "training")
+
+
+@contextlib.contextmanager
+def _held(root: Path, made_of: dict[str, Any]) -> Iterator[bool]:
+    """The output root, for this process alone; whether the model of `made_of` is there already.
+
+    Raises ConfigError where another process trains there, or where another model is there or has been begun.
+    """
+    state = root / STATE
+    if (root / FINISHED).exists():
+        _check(_known(root / RECORD), made_of, f"{root} holds a model that is there already")
+        shutil.rmtree(state, ignore_errors=True)  # of a run that was killed when all was done
+        yield True
+        return
+    storage = Storage(str(state))
+    storage.fs.told("making it", lambda: state.mkdir(parents=True, exist_ok=True))
+    with (state / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process trains in {root}: wait for it, or take another output.root") from None
+        if storage.exists(BEGUN):
+            _check(_known(state / BEGUN), made_of, f"{root} holds what another run has begun")
+        storage.put(BEGUN, json.dumps({"fingerprint": made_of}).encode())
+        yield False
+        shutil.rmtree(state)
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """The fingerprint that a file tells; {} where there is no such file."""
+    with contextlib.suppress(FileNotFoundError):
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))["fingerprint"]
+        return found
+    return {}
+
+
+def _check(before: dict[str, Any], now: dict[str, Any], what: str) -> None:
+    """Raises ConfigError that names what differs."""
+    if not before:
+        raise ConfigError(f"{what}, and it is none of this job's: take another output.root")
+    keys = [key for key in sorted({*before, *now}) if before.get(key, ABSENT) != now.get(key, ABSENT)]
+    if keys:
+        told = "; ".join(f"{key} was {before.get(key, ABSENT)!r} and is {now.get(key, ABSENT)!r}" for key in keys)
+        raise ConfigError(f"{what}: {told}. Take another output.root, or delete that folder")
+
+
+# --- where the steps are taken --------------------------------------------------------------------------------------
+
+
+def _train(work: Work) -> None:
+    """Take the steps in this process, or in workers of Ray Train, and put the model into the output root."""
+    run = work.config.run
+    if run.num_workers == 0:
+        on_worker(work)
+        return
+    from ray.train import LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    need, site = Need("training", run.num_workers, 1, float(run.use_gpu)), work.config.site
+    join_or_start(site.ray_address, run.num_workers)
+    wait_until_placeable([need], run.wait_for_resources_s, say_every_s=site.log_every_s, announce=report.say)
+    trainer = TorchTrainer(
+        _on_ray_worker,
+        train_loop_config={"work": work},
+        scaling_config=ScalingConfig(num_workers=run.num_workers, use_gpu=run.use_gpu),
+        run_config=RunConfig(
+            name="ray", storage_path=str(work.root / STATE), logging_config=LoggingConfig(log_level="ERROR")
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        if told := told_by(error):
+            raise told from None
+        raise
+
+
+def _on_ray_worker(arguments: dict[str, Any]) -> None:
+    on_worker(arguments["work"])
+
+
+def on_worker(work: Work) -> None:
+    """One worker's part: train with the others where there are any, score what is held out, and, as the first of them,
+    write the model."""
+    import torch  # takes seconds to import, as what needs it does
+
+    from actors.engines.prompts import load_tokenizer
+    from actors.training.bradley_terry import CURVE, load_base, margins_of, rank_and_size, train
+    from actors.training.checkpoint import publish_model
+
+    training, run = work.config.training, work.config.run
+    if run.num_threads is not None:
+        torch.set_num_threads(run.num_threads)
+    base, state = on_this_node(work.base), work.root / STATE
+    model = load_base(base, training.num_layers)
+    made_of, tell = digest(work.record["fingerprint"]), _progress(work.config.site.log_every_s)
+    steps = train(model, work.train, training, state, made_of, run.checkpoint_s, tell)
+    is_first = rank_and_size()[0] == 0
+    if is_first:
+        report.say(f"scoring {len(work.held_out)} held-out pairs")
+    margins = margins_of(model, work.held_out, training.batch_tokens)
+    if not is_first:
+        return
+    record = {**work.record, "result": result(len(work.train), steps, work.held_out, margins)}
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        load_tokenizer(base.model, base.revision).save_pretrained(folder)
+        shutil.copyfile(state / CURVE, folder / CURVE)
+        (folder / RECORD).write_text(json.dumps(record, indent=1), "utf-8")
+        (folder / "README.md").write_text(card(work.root.name, model_label(work.base), record), "utf-8")
+
+    publish_model(work.root, state / "model", write)
+
+
+def _progress(every_s: float) -> Callable[[Sequence["Step"], int], None]:
+    """What tells a person, every so many seconds, how far the steps are."""
+    told_at = time.monotonic()
+    is_first = True
+
+    def tell(steps: Sequence["Step"], num_steps: int) -> None:
+        nonlocal told_at, is_first
+        if is_first and steps:
+            report.say(f"resumed: {len(steps)} of {num_steps} steps are done")
+        elif not is_first and time.monotonic() - told_at >= every_s:
+            told_at = time.monotonic()
+            recent = steps[-RECENT:]
+            seconds = sum(each.seconds for each in recent)
+            eta = timedelta(seconds=round((num_steps - len(steps)) * seconds / len(recent)))
+            report.say(
+                f"step {len(steps)}/{num_steps}: loss {np.mean([each.loss for each in recent]):.4f}, "
+                f"{sum(each.num_tokens for each in recent) / seconds:.0f} tokens/s, ETA {eta}"
+            )
+        is_first = False
+
+    return tell
