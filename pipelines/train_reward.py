@@ -22,7 +22,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root instead of th
 
 from pipelines.config import FLAGS, compose
 from pipelines.job import exit_code
-from pipelines.training.reward import TrainRewardConfig, run
+from pipelines.training.reward import run
+from pipelines.training.reward_settings import TrainRewardConfig
 
 PROG = "python pipelines/train_reward.py"
 

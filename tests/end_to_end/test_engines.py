@@ -1,5 +1,6 @@
 """The engines of production through the command line: vLLM, and a tensor parallel group on logical GPUs."""
 
+import contextlib
 from pathlib import Path
 
 import psutil
