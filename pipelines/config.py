@@ -7,7 +7,7 @@ here, so that every mistake is one line that names the key, where it stands and 
 
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin
@@ -65,7 +65,13 @@ class _Layer(NamedTuple):
 
 
 def compose(
-    schema: type[T], argv: list[str], *, prog: str, description: str, groups: tuple[str, ...] = ()
+    schema: type[T],
+    argv: list[str],
+    *,
+    prog: str,
+    description: str,
+    groups: tuple[str, ...] = (),
+    flags: Mapping[str, str] = FLAGS,
 ) -> tuple[T, Flags]:
     """Make the config that a command line asks for.
 
@@ -77,6 +83,7 @@ def compose(
             unless it is quoted or null; other values are YAML. `${key}` and `${oc.env:NAME}` are resolved, `\\${` not.
         groups: keys of the schema whose section may be chosen by name from `conf/<group>/<name>.yaml`. Elements of a
             list of the same section may be chosen so too.
+        flags: what `--help` tells of each flag, where a job means something else by one.
 
     Raises:
         ConfigError: one line; nothing else is raised for what a user wrote.
@@ -85,9 +92,9 @@ def compose(
     root: Any = schema
     folders = {unwrap(hints(root)[group])[0]: group for group in groups}
     if "--help" in argv or "-h" in argv:
-        print(help_text(schema, prog, description, FLAGS, {group: presets(group) for group in groups}), end="")
+        print(help_text(schema, prog, description, flags, {group: presets(group) for group in groups}), end="")
         raise SystemExit(0)
-    file, overrides, flags = _arguments(argv)
+    file, overrides, given = _arguments(argv)
     chosen: dict[str, tuple[_Layer, Any]] = {}
     own: dict[str, Any] = {}
     if file is not None:
@@ -128,7 +135,7 @@ def compose(
         told = "; ".join(f"{entry.key} ({entry.doc.help})" for entry in missing)
         example = " ".join(f"{entry.key}={EXAMPLES.get(unwrap(entry.hint)[0], '...')}" for entry in missing)
         raise ConfigError(f"required but not set: {told}. Example: {example}")
-    return config, flags
+    return config, given
 
 
 def _arguments(argv: list[str]) -> tuple[str | None, list[str], Flags]:
