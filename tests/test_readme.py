@@ -13,6 +13,7 @@ from pipelines.corpus.storage import Storage
 from pipelines.preferences.settings import BuildPreferencesConfig
 from pipelines.reference import reference_yaml
 from pipelines.settings import AlignCorpusConfig, ScoreCorpusConfig
+from pipelines.training.aligner_settings import TrainAlignerConfig
 from tests.pipelines.corpus.fabricate import commit_units, fake_shard
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,16 +41,20 @@ def test_the_ways_to_read_a_corpus_work(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_every_key_in_the_readme_exists() -> None:
-    known = _dotted(reference_yaml(AlignCorpusConfig)) | _dotted(reference_yaml(BuildPreferencesConfig))
-    named = set(re.findall(r"\b((?:input|output|policy|aligner|build|prompts|run|site)\.\w+)", README))
+    schemas = (AlignCorpusConfig, BuildPreferencesConfig, TrainAlignerConfig)
+    known = set().union(*(_dotted(reference_yaml(schema)) for schema in schemas))
+    sections = "input|output|policy|aligner|build|prompts|training|evaluation|run|site"
+    named = set(re.findall(rf"\b((?:{sections})\.\w+)", README))
     assert named - known - {"policy.py", "aligner.py"} == set()
     assert len(named) > 10
 
 
-JOBS: dict[str, tuple[type[AlignCorpusConfig | ScoreCorpusConfig | BuildPreferencesConfig], tuple[str, ...]]] = {
+Config = AlignCorpusConfig | ScoreCorpusConfig | BuildPreferencesConfig | TrainAlignerConfig
+JOBS: dict[str, tuple[type[Config], tuple[str, ...]]] = {
     "align_corpus.py": (AlignCorpusConfig, ("policy", "aligner", "reward", "site")),
     "score_corpus.py": (ScoreCorpusConfig, ("reward", "site")),
     "build_preferences.py": (BuildPreferencesConfig, ("build", "site")),
+    "train_aligner.py": (TrainAlignerConfig, ("reward", "site")),
 }
 
 
