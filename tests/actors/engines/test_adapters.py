@@ -70,6 +70,12 @@ def test_an_engine_answers_with_the_adapter(adapter: Path, llama_folder: Path, c
     assert answer(pinned(config(adapter), "aligner")) == tokenizer.decode(made[start:], skip_special_tokens=True)
 
 
+@pytest.mark.long
+def test_vllm_answers_with_it_as_torch_does(adapter: Path) -> None:
+    wanted = answer(pinned(config(adapter), "aligner"))
+    assert answer(pinned(config(adapter, engine="vllm", decoder="greedy"), "aligner")) == wanted
+
+
 def test_it_is_merged_once_for_each_dtype_and_again_when_it_changes(adapter: Path, cache: Path) -> None:
     first = on_this_node(config(adapter))
     stamp = (Path(first.model) / "model.safetensors").stat().st_mtime_ns
@@ -110,7 +116,10 @@ def test_an_adapter_by_url_is_fetched_and_merged(adapter: Path) -> None:
     url = f"file://{adapter}"
     found = on_this_node(pinned(config(url), "aligner"))
     assert (Path(found.model) / "config.json").is_file() and found.revision is None
-    assert answer(pinned(config(url), "aligner")) == answer(config(adapter))
+    here = on_this_node(config(adapter))
+    assert here.model != found.model
+    weights = [(Path(each.model) / "model.safetensors").read_bytes() for each in (here, found)]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize("base", ["/nowhere/at/all", "", None])
