@@ -52,10 +52,8 @@ def load(config: TrainingConfig, base: EngineConfig, *, frozen: torch.dtype, att
 
 def adapted(model: PreTrainedModel, config: TrainingConfig, base: EngineConfig) -> Any:
     """The model with LoRA on every linear layer but the head (Hu et al., arXiv 2106.09685)."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ConfigError("lora_rank is above 0, which needs peft: pip install '.[train]'") from error
+    from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(config.seed)
     lora = LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM",

@@ -19,7 +19,10 @@ class TrainingConfig:
     )
     lora_alpha: int = option(32, "adapters are scaled by lora_alpha / lora_rank", changes_rows=True)
     omega: float = option(
-        1000.0, "weight of the consistency loss; 0: cross-entropy on the best answer alone", changes_rows=True
+        0.1,
+        "weight of the consistency loss; 0: cross-entropy on the best answer alone. The paper's 1000 goes with a scale "
+        "of the loss that it does not tell: with its sums as they are written, the best answers would not be learned",
+        changes_rows=True,
     )
     curriculum: bool = option(
         False,

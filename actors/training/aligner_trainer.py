@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -72,7 +73,7 @@ class Trainer:
         self.loss = DiffPOLoss(model)
         self.wrapped: nn.Module = self.loss
         if shards:
-            _shard(self.loss, half)
+            _shard(self.loss, half, self.place)
         elif self.place.num_ranks > 1:
             self.wrapped = DistributedDataParallel(self.loss)
         self._autocast = partial(
@@ -183,11 +184,12 @@ def _as(parameter: Tensor, value: Tensor) -> Tensor:
     return value
 
 
-def _shard(loss: DiffPOLoss, dtype: torch.dtype) -> None:
+def _shard(loss: DiffPOLoss, dtype: torch.dtype, place: Place) -> None:
     """FSDP2: every decoder layer a group of its own, the rest with the losses as one."""
+    mesh = init_device_mesh(place.device.type, (place.num_ranks,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     names = set(loss.model._no_split_modules or ())
-    for module in loss.modules():
-        if type(module).__name__ in names:
-            fully_shard(module, mp_policy=policy)
-    fully_shard(loss, mp_policy=policy)
+    layers = [module for module in loss.modules() if type(module).__name__ in names]
+    for module in (*layers, loss):
+        sharded = fully_shard(module, mesh=mesh, mp_policy=policy)
+        sharded.set_force_sum_reduction_for_comms(place.device.type == "cpu")  # gloo knows no averages

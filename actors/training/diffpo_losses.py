@@ -61,7 +61,7 @@ def consistency(head: Head, teacher: Tensor, student: Tensor, rows_at_once: int)
         moved = _precise(head(student)).log_softmax(-1)
         return F.kl_div(moved, fixed, reduction="sum", log_target=True)
 
-    return _summed(chunk, teacher.detach(), student, rows_at_once=rows_at_once)
+    return _summed(chunk, teacher, student, rows_at_once=rows_at_once)
 
 
 def _summed(chunk: Callable[..., Tensor], *tensors: Tensor, rows_at_once: int) -> Tensor:

@@ -18,8 +18,10 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from actors.candidates import as_messages
 from actors.contract import ConfigError, RowError
 from actors.engines.base import EngineConfig, Messages
+from actors.engines.footprint import longest
 from actors.engines.prompts import (
     before_unknown,
+    check_room,
     check_words,
     encode_draft,
     encode_prompt,
@@ -33,7 +35,7 @@ from actors.training.aligner_settings import TrainingConfig
 Ids = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trajectory:
     """One row of a `trajectory` dataset.
 
@@ -62,11 +64,13 @@ class Vocabulary:
     Attributes:
         end: tokens that end an answer, the most usual one first.
         num_words: tokens that the model knows.
+        limit: tokens of prompt and answer together that it has places for.
     """
 
     tokenizer: PreTrainedTokenizerBase
     end: list[int]
     num_words: int
+    limit: int
 
 
 def vocabulary(base: EngineConfig) -> Vocabulary:
@@ -83,19 +87,20 @@ def vocabulary(base: EngineConfig) -> Vocabulary:
     end = end_tokens(generation, tokenizer)
     if not end:
         raise ConfigError(f"{base.model!r} has no end-of-sequence token: its answers could not end")
-    return Vocabulary(tokenizer, end, config.get_text_config(decoder=True).vocab_size)
+    return Vocabulary(tokenizer, end, config.get_text_config(decoder=True).vocab_size, longest(config, None))
 
 
 def encoded(words: Vocabulary, row: Mapping[str, Any], config: TrainingConfig) -> Trajectory | None:
     """A dataset's row (`prompt`, `states`) by the functions that encode it for inference; None where its prompt is too
-    long, or cannot be put into the model's chat template."""
+    long, or refused by the model's chat template."""
     messages = as_messages(row["prompt"])
     try:
         prompt = encode_prompt(words.tokenizer, diffpo(messages))
         check_words(prompt, words.num_words)
+        check_room(prompt, config.max_tokens, words.limit)
     except RowError:
         return None
-    if not 0 < len(prompt) <= config.max_prompt_tokens:
+    if len(prompt) > config.max_prompt_tokens:
         return None
     drafts = (before_unknown(encode_draft(words.tokenizer, text), words.num_words) for text in row["states"])
     states = (np.array([*draft, words.end[0]][: config.max_tokens], np.int32) for draft in drafts)

@@ -1,6 +1,7 @@
 """Trajectories as token ids: those that inference sees; what a step sees; and where a batch has its losses."""
 
 import asyncio
+import contextlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -45,14 +46,17 @@ def test_training_reads_the_tokens_that_inference_reads(
 ) -> None:
     submitted: list[Row] = []
     monkeypatch.setattr(DecodeLoop, "submit", lambda self, row: submitted.append(row))
-    engine = TorchEngine(DraftingConfig(model=str(llama_folder), dtype="float32", device="cpu", decoder="parallel"), 1)
+    parallel = DraftingConfig(model=str(llama_folder), dtype="float32", device="cpu", decoder="parallel", max_tokens=24)
+    engine = TorchEngine(parallel, 1)
     messages = (("system", "Be brief."), ("user", "How many <|im_end|> tokens?"))
 
     async def ask() -> None:
         asked = asyncio.create_task(engine.generate(Request(messages, seed=0, draft=text)))
-        while not submitted:
+        while not submitted and not asked.done():
             await asyncio.sleep(0.01)
         asked.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asked
 
     try:
         asyncio.run(ask())
@@ -77,6 +81,8 @@ def test_an_answer_ends_with_the_end_of_sequence_unless_it_is_cut(words: Vocabul
 def test_prompts_that_are_too_long_or_refused_are_left_out(words: Vocabulary) -> None:
     assert encoded(words, row("a", "b", prompt="tokens " * 40), config(max_prompt_tokens=32)) is None
     assert encoded(words, row("a", "b", prompt="tokens " * 40), config(max_prompt_tokens=512)) is not None
+    assert words.limit == 512
+    assert encoded(words, row("a", "b", prompt="tokens " * 40), config(max_prompt_tokens=512, max_tokens=500)) is None
 
 
 def test_every_trajectory_is_seen_once_an_epoch_and_every_worse_answer_in_time() -> None:
