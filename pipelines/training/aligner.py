@@ -1,5 +1,6 @@
 """The job that trains an aligner: what it resumes, Ray Train's processes, and what a person sees of them."""
 
+import importlib.util
 import os
 import shlex
 import tempfile
@@ -37,6 +38,8 @@ def run_training(config: TrainAlignerConfig, argv: list[str], dataset: Storage, 
     Raises ConfigError where the output root holds another training, or anything else.
     """
     site, training = config.site, config.training
+    if training.lora_rank and importlib.util.find_spec("peft") is None:
+        raise ConfigError("training.lora_rank is above 0, which needs peft: pip install '.[train]'")
     base = _pinned(
         EngineConfig(model=training.model, revision=training.revision, dtype=training.dtype), "training", site
     )

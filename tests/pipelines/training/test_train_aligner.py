@@ -16,6 +16,7 @@ from actors.engines.adapters import on_this_node
 from actors.engines.base import DraftingConfig, Request
 from actors.engines.identity import pinned
 from actors.engines.torch_engine import TorchEngine
+from pipelines.corpus.storage import Storage
 from pipelines.train_aligner import main
 from pipelines.training import aligner as job
 from pipelines.training import aligner_worker as worker
@@ -133,6 +134,22 @@ def test_with_limits_it_stops_and_goes_on_to_the_same_end(
     assert promised(again) == promised(tmp_path / "out")
     weights = [(root / "adapter_model.safetensors").read_bytes() for root in (again, tmp_path / "out")]
     assert weights[0] == weights[1]
+
+
+def test_no_folder_is_a_model_s_before_all_of_it_is_there(
+    command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_file, names = Storage.create_file, []
+
+    def noted(self: Storage, path: str, write: Callable[[Path], None]) -> bool:
+        if "/" not in path:  # of the model
+            names.append(path)
+        return create_file(self, path, write)
+
+    monkeypatch.setattr(Storage, "create_file", noted)
+    assert main(command("evaluation.every=0")) == 0
+    assert names[-1] == "adapter_config.json"
+    assert {"adapter_model.safetensors", "tokenizer.json", "README.md"} < set(names)
 
 
 @pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
