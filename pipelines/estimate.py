@@ -13,6 +13,7 @@ from typing import Any
 
 from actors.candidates import as_messages, split_reasoning
 from actors.contract import RowError
+from actors.engines.adapters import with_tokenizer
 from actors.engines.base import Messages
 from actors.engines.by_url import described
 from actors.engines.footprint import footprint
@@ -172,7 +173,7 @@ def _length(pool: PoolConfig, ask: Ask) -> int:
 
 def tokenizer(pool: PoolConfig) -> Any:
     """The tokenizer of a pool's model, loaded once."""
-    here = described(pool)
+    here = with_tokenizer(described(pool))
     return _loaded(here.model, here.revision)
 
 

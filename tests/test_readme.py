@@ -16,6 +16,7 @@ from pipelines.preferences.exporters import EXPORTERS
 from pipelines.preferences.settings import BuildPreferencesConfig
 from pipelines.reference import reference_yaml
 from pipelines.settings import AlignCorpusConfig, ScoreCorpusConfig
+from pipelines.training.aligner_settings import TrainAlignerConfig
 from pipelines.training.reward_settings import TrainRewardConfig
 from tests.pipelines.corpus.fabricate import commit_units, fake_shard
 
@@ -44,18 +45,20 @@ def test_the_ways_to_read_a_corpus_work(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_every_key_in_the_readme_exists() -> None:
-    schemas = (AlignCorpusConfig, BuildPreferencesConfig, TrainRewardConfig)
+    schemas = (AlignCorpusConfig, BuildPreferencesConfig, TrainAlignerConfig, TrainRewardConfig)
     known = set().union(*(_dotted(reference_yaml(schema)) for schema in schemas))
-    named = set(re.findall(r"\b((?:input|output|policy|aligner|build|prompts|run|site|training)\.\w+)", README))
+    sections = "input|output|policy|aligner|build|prompts|training|evaluation|run|site"
+    named = set(re.findall(rf"\b((?:{sections})\.\w+)", README))
     assert named - known - {"policy.py", "aligner.py", "training.json"} == set()
     assert len(named) > 10
 
 
-Schema = type[AlignCorpusConfig | ScoreCorpusConfig | BuildPreferencesConfig | TrainRewardConfig]
-JOBS: dict[str, tuple[Schema, tuple[str, ...]]] = {
+Config = AlignCorpusConfig | ScoreCorpusConfig | BuildPreferencesConfig | TrainAlignerConfig | TrainRewardConfig
+JOBS: dict[str, tuple[type[Config], tuple[str, ...]]] = {
     "align_corpus.py": (AlignCorpusConfig, ("policy", "aligner", "reward", "site")),
     "score_corpus.py": (ScoreCorpusConfig, ("reward", "site")),
     "build_preferences.py": (BuildPreferencesConfig, ("build", "site")),
+    "train_aligner.py": (TrainAlignerConfig, ("reward", "site")),
     "train_reward.py": (TrainRewardConfig, ("site",)),
 }
 

@@ -3,8 +3,8 @@
 import os
 
 from actors.contract import ConfigError
+from actors.engines.adapters import on_this_node
 from actors.engines.base import Engine, EngineConfig
-from actors.engines.by_url import on_this_node
 from actors.engines.hosted import MAX_ATTEMPTS, HostedEngine, Remember, forget
 from actors.engines.ranks import Followers
 from actors.engines.stored import StoredEngine

@@ -20,6 +20,8 @@ Config = TypeVar("Config", bound=EngineConfig)
 LEFT_OUT = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".py")
 """Files that are never fetched: code, and weights in formats that are not loaded, pickles among them."""
 AT_ONCE = 16 << 20
+ADAPTER = "adapter_config.json"
+"""What an adapter's folder (peft) has in place of config.json."""
 
 
 def is_url(model: str) -> bool:
@@ -32,7 +34,7 @@ def pinned_url(config: Config, section: str) -> Config:
     Raises ConfigError, naming `section`, where there is no such model, and TransientError where its store is out.
     """
     found = _listing(config)
-    if "config.json" not in found:
+    if not {"config.json", ADAPTER} & found.keys():
         raise ConfigError(
             f"{section}.model: {config.model} holds no config.json; it is not a Hugging Face model folder"
         )
@@ -49,8 +51,7 @@ def pinned_url(config: Config, section: str) -> Config:
 def on_this_node(config: Config) -> Config:
     """The config with a copy of its model on this node's disk in place of the URL; any other config as it is.
 
-    The first who asks fetches it, the others wait for that. Raises as `pinned_url`, and ConfigError where the folder
-    holds another version by now.
+    Raises as `pinned_url`, and ConfigError where the folder holds another version by now.
     """
     return _copied(config, "", _copy)
 
@@ -63,25 +64,38 @@ def described(config: Config) -> Config:
 def _copied(config: Config, suffix: str, copy: Callable[[Any, str, Path, int], None]) -> Config:
     if not is_url(config.model):
         return config
+    name = f"{config.model.rstrip('/').rpartition('/')[2]}-{config.revision}{suffix}"
+
+    def copied(part: Path) -> None:
+        found = _listing(config)
+        if _digest(found) != config.revision:
+            raise ConfigError(f"the model at {config.model} has changed since this run began; run again")
+        fs, root = _opened(config)
+        for name, (size, _) in found.items():
+            _told(config, partial(copy, fs, f"{root}/{name}", part / name, size))
+
+    return replace(config, model=str(made_once(name, copied)), revision=None)
+
+
+def made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """The folder of this name in this node's cache of models. The first who asks makes it, the others wait for that.
+
+    Args:
+        make: fills the empty folder that it is given, which becomes the one of that name when it returns.
+    """
     models = Path(os.environ.get("BURNISH_CACHE") or "~/.cache/burnish").expanduser() / "models"
-    folder = models / f"{config.model.rstrip('/').rpartition('/')[2]}-{config.revision}{suffix}"
-    local = replace(config, model=str(folder), revision=None)
+    folder = models / name
     models.mkdir(parents=True, exist_ok=True)
     with Path(f"{folder}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if folder.is_dir():
-            return local
-        found = _listing(config)
-        if _digest(found) != config.revision:
-            raise ConfigError(f"the model at {config.model} has changed since this run began; run again")
+            return folder
         part = Path(f"{folder}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-        fs, root = _opened(config)
-        for name, (size, _) in found.items():
-            _told(config, partial(copy, fs, f"{root}/{name}", part / name, size))
+        make(part)
         os.rename(part, folder)  # on a local disk: whoever sees the folder sees all of it
-    return local
+    return folder
 
 
 def _copy(fs: Any, source: str, target: Path, size: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from actors.engines.base import EngineConfig
 from actors.engines.by_url import described
-from actors.engines.identity import safetensors_header
+from actors.engines.identity import base_of, safetensors_header
 
 _CONVERTED = ("F64", "F32", "F16", "BF16")
 """Of safetensors: what is loaded in the configured dtype; others, those of quantized weights, stay as they are."""
@@ -111,6 +111,8 @@ def _headers(config: EngineConfig) -> Headers | None:
     if config.engine in ("stored", "openai", "rules"):
         return None
     config = described(config)
+    if base := base_of(config):
+        return _headers(base)  # which the adapter is put into
     if Path(config.model).is_absolute():
         tensors = _tensors(Path(config.model))
         return (Path(config.model), tensors) if tensors else None

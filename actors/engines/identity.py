@@ -1,6 +1,7 @@
 """Which model it is, exactly: a folder's contents or a hub id's commit, found out without loading any weights."""
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -8,11 +9,13 @@ from urllib.parse import urlsplit
 
 from actors.contract import ConfigError
 from actors.engines.base import OPENAI, EngineConfig
-from actors.engines.by_url import is_url, pinned_url
+from actors.engines.by_url import ADAPTER, is_url, pinned_url
 
 Config = TypeVar("Config", bound=EngineConfig)
 
-_DESCRIBING = ("config.json", "generation_config.json", "chat_template.jinja", "tokenizer*", "special_tokens_map.json")
+_DESCRIBING = (
+    "config.json", "generation_config.json", "chat_template.jinja", "tokenizer*", "special_tokens_map.json", ADAPTER,
+)  # fmt: skip
 
 
 def pinned(config: Config, section: str) -> Config:
@@ -27,11 +30,13 @@ def pinned(config: Config, section: str) -> Config:
         return pinned_url(config, section)
     folder = Path(config.model).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not any((folder / name).is_file() for name in ("config.json", ADAPTER)):
             raise ConfigError(f"{section}.model: {folder} holds no config.json; it is not a Hugging Face model folder")
         if not list(folder.glob("*.safetensors")):
             raise ConfigError(f"{section}.model: {folder} holds no *.safetensors; other weight formats are not loaded")
-        return replace(config, model=str(folder.resolve()))
+        config = replace(config, model=str(folder.resolve()))
+        base_of(config, section)
+        return config
     if config.model.startswith(("/", ".", "~")) or config.model.count("/") != 1:
         raise ConfigError(
             f"{section}.model: there is no folder {config.model}, and it is not a hub id (owner/name), nor a URL"
@@ -39,8 +44,27 @@ def pinned(config: Config, section: str) -> Config:
     return replace(config, revision=_commit(config.model, config.revision, section))
 
 
+def base_of(config: Config, section: str = "base") -> Config | None:
+    """The config of the model that an adapter (a peft folder) is for, pinned; None where the model is a whole one.
+
+    Raises ConfigError, naming `section`, where the adapter's folder does not lead to a model.
+    """
+    described = Path(config.model) / ADAPTER
+    if is_url(config.model) or not described.is_file():
+        return None
+    told = json.loads(described.read_text("utf-8"))
+    base, revision = told.get("base_model_name_or_path"), told.get("revision")
+    if not base:
+        raise ConfigError(f"{section}.model: {described} names no base_model_name_or_path")
+    try:
+        return pinned(replace(config, model=base, revision=revision), section)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; it is the base of the adapter {config.model}, by its {ADAPTER}") from error
+
+
 def identity(config: EngineConfig) -> str:
     """16 hex digits over config, tokenizer and safetensors headers with sizes and mtimes; a revision; or `stored`.
+    Of an adapter over those of its base, too.
 
     Of an endpoint it is the host's name, all that can be known: two hosts may serve different models by one name, while
     the ports and paths of one host are taken for replicas.
@@ -58,6 +82,8 @@ def identity(config: EngineConfig) -> str:
     for path in sorted(folder.glob("*.safetensors")):
         status = path.stat()
         found.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode() + safetensors_header(path))
+    if base := base_of(config):
+        found.update(identity(base).encode())
     return found.hexdigest()[:16]
 
 

@@ -8,7 +8,7 @@ import threading
 import traceback
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from actors.contract import ConfigError
 from actors.decoding.cost import CONTEXT, StepCost
@@ -54,7 +54,8 @@ class TorchEngine:
             forward = MirroredForward(model, followers.tell)
         self._limit = longest(model.config, config.max_model_len)
         self._num_words: int = model.config.get_text_config(decoder=True).vocab_size
-        eos = _eos(model, self._tokenizer)
+        assert model.generation_config is not None
+        eos = end_tokens(model.generation_config, self._tokenizer)
         # Without a drafting config a row's draft, where there is one, is nobody's.
         self._drafting = config if isinstance(config, DraftingConfig) else None
         if self._drafting and self._drafting.max_iterations is not None and not eos:
@@ -215,9 +216,8 @@ class TorchEngine:
             settle(*entry, error)
 
 
-def _eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token id that ends an answer, the most usual one first."""
-    assert model.generation_config is not None
-    ids = model.generation_config.eos_token_id
+    ids = generation.eos_token_id
     every = [end_of_turn(tokenizer), tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])]
     return list(dict.fromkeys(i for i in every if i is not None))

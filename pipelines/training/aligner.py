@@ -1,0 +1,202 @@
+"""The job that trains an aligner: what it resumes, Ray Train's processes, and what a person sees of them."""
+
+import importlib.util
+import os
+import shlex
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from actors.contract import ConfigError
+from actors.engines.base import EngineConfig
+from actors.engines.by_url import ADAPTER, is_url
+from actors.engines.identity import pinned
+from pipelines import report
+from pipelines.config import Flags, resolved
+from pipelines.corpus.lease import Lease
+from pipelines.corpus.runs import create_run, digest, latest_run
+from pipelines.corpus.storage import Storage
+from pipelines.placement import Need, wait_until_placeable
+from pipelines.progress import watched
+from pipelines.settings import SiteConfig, check_rules, code_version
+from pipelines.training.aligner_report import Progress, print_dry_run, print_summary
+from pipelines.training.aligner_settings import TrainAlignerConfig, fingerprint
+from pipelines.training.trajectories import Part, of_split, published_parts
+
+Model = TypeVar("Model", bound=EngineConfig)
+
+SCRIPT = "pipelines/train_aligner.py"
+
+
+def run_training(config: TrainAlignerConfig, argv: list[str], dataset: Storage, output: Storage, flags: Flags) -> int:
+    """Train, or go on training, and leave the model in the output root. Returns the exit code, 0.
+
+    Raises ConfigError where the output root holds another training, or anything else.
+    """
+    site, training = config.site, config.training
+    if training.lora_rank and importlib.util.find_spec("peft") is None:
+        raise ConfigError("training.lora_rank is above 0, which needs peft: pip install '.[train]'")
+    base = _pinned(
+        EngineConfig(model=training.model, revision=training.revision, dtype=training.dtype), "training", site
+    )
+    if config.reward is not None:
+        check_rules(config.reward, "reward")
+        config = replace(config, reward=_pinned(config.reward, "reward", site))
+    if flags.dry_run:
+        record = _record(config, base, argv, dataset, output)
+        print_dry_run(config, base, dataset, output, record)
+        return 0
+    with Lease(output, config.run.lease_ttl_s, announce=report.say):
+        output.sweep()
+        record = _record(config, base, argv, dataset, output)
+        if not is_finished(output):
+            if latest_run(output) is None:
+                create_run(output, record)
+            _train(config, base, dataset, output, record, flags)
+        print_summary(output, is_finished(output))
+    return 0
+
+
+def is_finished(output: Storage) -> bool:
+    """Whether the root holds a whole model: what describes it is written last."""
+    return any(output.exists(name) for name in ("config.json", ADAPTER))
+
+
+def _pinned(model: Model, section: str, site: SiteConfig) -> Model:
+    """The config with its model pinned, and with the site's options where that is named by URL and has none."""
+    if is_url(model.model) and not model.model_storage_options:
+        model = replace(model, model_storage_options=site.storage_options)
+    return pinned(model, section)
+
+
+def _record(
+    config: TrainAlignerConfig, base: EngineConfig, argv: list[str], dataset: Storage, output: Storage
+) -> dict[str, Any]:
+    """The run's record: that of the training which is there already, or else a new one.
+
+    A training that was begun goes on with the data it began with: partitions published since are for the next one.
+    """
+    before = latest_run(output)
+    if before is not None and "parts" not in before:
+        raise ConfigError(f"output.root {output.url} holds something else than a training: take another folder")
+    parts: list[Part] = before["parts"] if before else published_parts(dataset)
+    if not of_split(parts, "train"):
+        raise ConfigError(f"{dataset.url} has no split `train`")
+    made_of = fingerprint(config, base, parts)
+    if before is not None:
+        was = before["fingerprint"]
+        changes = [key for key in sorted({*was, *made_of}) if was.get(key) != made_of.get(key)]
+        if changes:
+            told = "; ".join(f"{key} was {was.get(key)!r} and is {made_of.get(key)!r}" for key in changes)
+            raise ConfigError(
+                f"output.root holds a training of another config: {told}. Run it with the old values, or take another "
+                "output.root"
+            )
+        return before
+    return {
+        "started_at": time.time(),
+        "code_version": code_version(),
+        "command": shlex.join(["python", SCRIPT, *argv]),
+        "fingerprint": made_of,
+        "digest": digest(made_of),
+        "parts": [dict(part) for part in parts],
+        "config": resolved(config),
+    }
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def _train(
+    config: TrainAlignerConfig,
+    base: EngineConfig,
+    dataset: Storage,
+    output: Storage,
+    record: dict[str, Any],
+    flags: Flags,
+) -> None:
+    """Run the processes until they are done. Raises what they raised for a person, or Ray Train's own error."""
+    from pipelines.cluster import join_or_start
+
+    need = Need("training", config.run.num_workers, 1, float(config.run.use_gpu))
+    join_or_start(config.site.ray_address, need.count * need.cpus)
+    wait_until_placeable(
+        [need], config.run.wait_for_resources_s, say_every_s=config.site.log_every_s, announce=report.say
+    )
+    from pipelines.training.aligner_worker import Work
+
+    work = Work(config, base, dataset, output, record["parts"], record, flags.limit)
+    progress = Progress(config.site.log_every_s)
+    moved_at = time.monotonic()
+
+    def diagnosis() -> Iterator[str]:
+        yield f"asked for {need.ask}; {progress.state}"
+        yield "checkpoints are kept; the same command resumes"
+
+    with watched(lambda: time.monotonic() - moved_at, diagnosis, config.run.stall_minutes * 60):
+        for kind, what in _fitted(config, work):
+            moved_at = time.monotonic()
+            if kind == "failed":
+                raise what
+            progress.show(kind, what)
+
+
+def _fitted(config: TrainAlignerConfig, work: Any) -> Iterator[tuple[str, Any]]:
+    """What the processes tell, as they do. Raises Ray Train's error when they do not come to their end."""
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths of the config, and PYTHONPATH's, are this folder's
+    os.environ.setdefault(
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0"
+    )  # it warns at every start, and decides nothing here
+    import ray.train
+    import ray.train.torch
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.util.queue import Empty, Queue
+
+    from pipelines.training.aligner_worker import train
+
+    class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray has no types
+        """Without a detached actor that outlives the job, and that fails where Ray has no dashboard."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            found = super()._create_default_callbacks()
+            return [each for each in found if not isinstance(each, PlacementGroupCleanerCallback)]
+
+    told = Queue(actor_options={"num_cpus": 0})
+    with tempfile.TemporaryDirectory() as scratch:  # Ray Train's own notes: the checkpoints are ours
+        trainer = Trainer(
+            train,
+            train_loop_config={"work": work, "told": told},
+            torch_config=ray.train.torch.TorchConfig(timeout_s=24 * 3600),  # one evaluates while others wait for it
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=config.run.num_workers,
+                use_gpu=config.run.use_gpu,
+                resources_per_worker={"CPU": 1, **({"GPU": 1} if config.run.use_gpu else {})},
+            ),
+            run_config=ray.train.RunConfig(
+                name="training",
+                storage_path=scratch,
+                failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
+                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        fitted: Future[None] = Future()
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+                fitted.set_result(None)
+            except BaseException as error:
+                fitted.set_exception(error)
+
+        # Not in the main thread, where Ray Train would take Ctrl-C for itself.
+        threading.Thread(target=fit, name="ray-train", daemon=True).start()
+        while not fitted.done() or not told.empty():
+            try:
+                yield told.get(timeout=1)
+            except Empty:
+                continue
+        fitted.result()

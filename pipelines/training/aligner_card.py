@@ -1,0 +1,96 @@
+"""The model card of a trained aligner: what it was made of, by which command, and what it came to."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from pipelines.corpus.card import made_with
+from pipelines.training.aligner_settings import TrainAlignerConfig
+from pipelines.training.checkpoints import Record
+
+
+def model_card(
+    config: TrainAlignerConfig, record: Mapping[str, Any], counts: Mapping[str, int], history: Sequence[Record]
+) -> str:
+    """README.md of the model's folder.
+
+    Args:
+        record: the run's: command, code_version, fingerprint.
+        counts: trajectories used and left_out, and steps.
+        history: records of all steps and evaluations.
+    """
+    training = config.training
+    steps = [each for each in history if "loss" in each]
+    header: dict[str, Any] = {
+        "library_name": "peft" if training.lora_rank else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["alignment", "diffpo", "jacobi-decoding", "burnish"],
+    }
+    if training.model.count("/") == 1 and not training.model.startswith((".", "~", "/")):  # a hub id
+        header["base_model"] = training.model
+    lines = ["---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "", f"# {config.output.title}", ""]
+    kind = f"a LoRA adapter of rank {training.lora_rank} for" if training.lora_rank else "all weights of"
+    lines += [
+        f"A DiffPO aligner (arXiv 2503.04240): {kind} `{training.model}`, trained to turn any answer to a prompt into "
+        "a better one, many tokens at a time. burnish loads this folder as it is:",
+        "",
+        "```bash",
+        "python pipelines/align_corpus.py aligner.recipe=diffpo aligner.model=THIS_FOLDER \\\\",
+        f"    aligner.max_tokens={training.max_tokens} aligner.block_size={training.max_tokens} ...",
+        "```",
+        "",
+        "## How it was made",
+        "",
+        "```bash",
+        record["command"],
+        "```",
+        "",
+        f"Code version {record['code_version']}; {counts['trajectories']} trajectories, {counts['left_out']} more left "
+        f"out for their prompts; {counts['steps']} steps, seed {training.seed}, "
+        f"{sum(each['tokens'] for each in steps):.0f} tokens of best answers in "
+        f"{sum(each['seconds'] for each in steps) / 3600:.2f} hours of training; "
+        f"{config.run.num_workers} x {'GPU' if config.run.use_gpu else 'CPU'}.",
+    ]
+    lines += _losses(steps)
+    lines += _evaluations(history, config)
+    lines += made_with(dict(record))
+    return "\n".join([*lines, ""])
+
+
+def _losses(steps: Sequence[Record]) -> list[str]:
+    tenth = max(1, len(steps) // 10)
+    rows = [
+        f"| {name} | {_mean(some, 'ar'):.4g} | {_mean(some, 'con'):.4g} |"
+        for name, some in (("first tenth of the steps", steps[:tenth]), ("last tenth", steps[-tenth:]))
+    ]
+    return ["", "## Losses", "", "| mean over trajectories | L_AR | L_Con |", "|---|---|---|", *rows]
+
+
+def _evaluations(history: Sequence[Record], config: TrainAlignerConfig) -> list[str]:
+    found = [each for each in history if "iterations" in each]
+    if not found:
+        return []
+    lines = ["", "## On held-out prompts", ""]
+    lines += [
+        "The first of the dataset's split `validation`, each with one of its worse answers, which is aligned to the "
+        "fixed point by plain Jacobi iteration.",
+        "",
+        "| steps | iterations to converge | tokens | changed | reward before | after | gain (95 %) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for each in found:
+        gain = ["-", "-", "-"]
+        if "gain" in each:
+            gain = [f"{each['response']:.4g}", f"{each['aligned']:.4g}", f"{each['gain']:+.4g} ± {each['gain_95']:.2g}"]
+        lines.append(
+            f"| {each['step']:.0f} | {each['iterations']:.2f} | {each['tokens']:.1f} | {each['changed']:.1%} | "
+            f"{' | '.join(gain)} |"
+        )
+    if config.reward is not None:
+        lines += ["", f"The reward is `{config.reward.label}`."]
+    return lines
+
+
+def _mean(steps: Sequence[Record], name: str) -> float:
+    return sum(each[name] for each in steps) / len(steps)

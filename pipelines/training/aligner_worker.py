@@ -1,0 +1,185 @@
+"""What each process of a training does: steps, evaluations, checkpoints, and at the end the model's folder."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actors.contract import ConfigError, TransientError
+from actors.engines.adapters import on_this_node
+from actors.engines.base import EngineConfig
+from actors.engines.by_url import ADAPTER
+from actors.rewards import build_reward
+from actors.training import aligner_model as models
+from actors.training.aligner_evaluation import aligned, evaluate, questions
+from actors.training.aligner_trainer import Place, State, Trainer
+from actors.training.trajectories import Trajectory, Vocabulary, encoded, vocabulary
+from pipelines.corpus.storage import Storage
+from pipelines.training import checkpoints
+from pipelines.training.aligner_card import model_card
+from pipelines.training.aligner_settings import TrainAlignerConfig
+from pipelines.training.checkpoints import Checkpoint, Record
+from pipelines.training.trajectories import Part, of_split, read_rows
+
+DESCRIBING = ("config.json", ADAPTER)
+"""What an engine looks for first in a model's folder: no folder is a model's until it is there."""
+
+Tell = Callable[[str, Any], None]
+"""Tells the driver something: step, evaluation, alive, begun or failed, and what there is to say of it."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A training, whole. Safe to pickle.
+
+    Attributes:
+        base: the model that is trained, pinned.
+        parts: of the dataset, of all splits.
+        record: the run's, for the card.
+        limit: most trajectories to train on before it stops at a checkpoint, to be continued.
+    """
+
+    config: TrainAlignerConfig
+    base: EngineConfig
+    dataset: Storage
+    output: Storage
+    parts: list[Part]
+    record: dict[str, Any]
+    limit: int | None = None
+
+
+def train(given: dict[str, Any]) -> None:
+    """One process, started by Ray Train: `work`, and `told`, a Ray queue."""
+    import ray.train.torch
+
+    work: Work = given["work"]
+    context = ray.train.get_context()
+    place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    threads = work.config.run.num_threads or (os.cpu_count() or 1) // context.get_local_world_size()
+    torch.set_num_threads(max(1, threads))
+
+    def tell(kind: str, what: Any) -> None:
+        if place.rank == 0 or kind == "failed":
+            given["told"].put((kind, what))
+
+    try:
+        Process(work, place, tell).run()
+    except (ConfigError, TransientError) as error:
+        tell("failed", error)
+        raise
+
+
+def load_split(work: Work, words: Vocabulary, split: str) -> tuple[list[Trajectory], int]:
+    """The trajectories of a split, and how many were left out for their prompts. Raises ConfigError as `read_rows`."""
+    rows = list(read_rows(work.dataset, of_split(work.parts, split)))
+    found = [each for row in rows if (each := encoded(words, row, work.config.training))]
+    return found, len(rows) - len(found)
+
+
+def num_steps(work: Work, trajectories: list[Trajectory]) -> int:
+    """Steps of the whole training."""
+    training = work.config.training
+    return max(1, round(training.num_epochs * len(trajectories) / training.batch_size))
+
+
+class Process:
+    """One process's life.
+
+    Raises ConfigError for a dataset without trajectories, and as `Trainer`.
+    """
+
+    def __init__(self, work: Work, place: Place, tell: Tell) -> None:
+        self.work, self.place, self.tell = work, place, tell
+        self.config = work.config
+        self.base = on_this_node(work.base)
+        self.words = vocabulary(self.base)
+        trajectories, num_left_out = load_split(work, self.words, "train")
+        if not trajectories:
+            raise ConfigError(f"split `train` of {work.dataset.url} holds no trajectory that can be used")
+        held_out = load_split(work, self.words, "validation")[0] if self.config.evaluation.every else []
+        if self.config.evaluation.every and not held_out:
+            raise ConfigError(
+                f"{work.dataset.url} has no split `validation`: build it with prompts.validation_fraction=0.05, or set "
+                "evaluation.every=0"
+            )
+        self.asked = questions(held_out, self.config.evaluation.num_prompts, self.config.training.seed)
+        self.num_steps = num_steps(work, trajectories)
+        self.trainer = Trainer(
+            self.config.training, self.base, trajectories, self.num_steps,
+            parallel=self.config.run.parallel, place=place,
+        )  # fmt: skip
+        self.history: list[Record] = []
+        self.counts = {"trajectories": len(trajectories), "left_out": num_left_out, "steps": self.num_steps}
+
+    def run(self) -> None:
+        """From the last checkpoint to the end, or as far as `limit` goes."""
+        config, step = self.config, 0
+        found = checkpoints.latest(self.work.output)
+        if found is not None:
+            self.trainer.restore(found.state)
+            step, self.history = found.step, found.history
+        state = self.trainer.state() if found is None else found.state
+        stop = self.num_steps
+        if self.work.limit is not None:
+            stop = min(stop, step + -(-self.work.limit // config.training.batch_size))
+        self.tell("begun", {**self.counts, "step": step, "stop": stop})
+        if step == 0 and config.evaluation.every:
+            self._evaluate(step, state)
+        while step < stop:
+            record = self.trainer.step(step)
+            step += 1
+            self.history.append({"step": step, **record})
+            self.tell("step", self.history[-1])
+            every = config.evaluation.every
+            evaluates = every and (step % every == 0 or step == self.num_steps)
+            if evaluates or step % config.run.checkpoint_every == 0 or step == stop:
+                state = self.trainer.state()  # of all processes, each at the same steps
+                if evaluates:
+                    self._evaluate(step, state)
+                if self.place.rank == 0:
+                    checkpoints.save(self.work.output, Checkpoint(step, self.history, state))
+        if step == self.num_steps and self.place.rank == 0:
+            self._publish(state)
+
+    def _evaluate(self, step: int, state: State) -> None:
+        """Add an evaluation to the history. Only the first process does; the others wait in their next step."""
+        if self.place.rank:
+            return
+        config = self.config
+        model = models.finished(config.training, self.base, state["weights"]).to(self.place.device)
+        answered = []
+        for each in aligned(
+            model, self.words, self.asked,
+            max_tokens=config.training.max_tokens, max_num_seqs=config.evaluation.max_num_seqs,
+        ):  # fmt: skip
+            answered.append(each)
+            self.tell("alive", None)
+        del model
+        reward = None if config.reward is None else build_reward(config.reward, torch.get_num_threads())
+        try:
+            found = evaluate(answered, reward, lambda: self.tell("alive", None))
+        finally:
+            if reward is not None:
+                reward.close()
+        self.history.append({"step": step, **found})
+        self.tell("evaluation", self.history[-1])
+
+    def _publish(self, state: State) -> None:
+        """Create the model's files in the output root. What makes a folder a model's comes last."""
+        training, base = self.config.training, self.work.base
+        name = training.model if training.model.startswith("~") else base.model
+        card = model_card(self.config, self.work.record, self.counts, self.history)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            models.write(training, self.base, state["weights"], folder, adapts=(name, base.revision))
+            self.words.tokenizer.save_pretrained(folder)
+            (folder / "README.md").write_text(card, "utf-8")
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            for path in sorted(files, key=lambda path: (path.name in DESCRIBING, path.name)):
+                self.work.output.create_file(str(path.relative_to(folder)), partial(shutil.copyfile, path))

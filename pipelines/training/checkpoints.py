@@ -1,0 +1,72 @@
+"""Checkpoints of a training: each one object, created if absent, so that whatever is killed leaves whole ones only."""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.corpus.storage import Storage
+
+FOLDER = "checkpoints"
+METRICS = "metrics.jsonl"
+KEPT = 2
+"""A job that takes over may be reading one while what is left of the job before it writes the next."""
+
+Record = dict[str, float]
+"""What is told of a step or an evaluation; `step` counts the steps done."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training after `step` steps: its trainer's state, and all that was told of it until then."""
+
+    step: int
+    history: list[Record]
+    state: dict[str, Any]
+
+
+def save(output: Storage, checkpoint: Checkpoint) -> None:
+    """Create the checkpoint, and then delete all but the last ones before it.
+
+    One that is there already is left: a training comes to the same state however often it is interrupted.
+    """
+
+    def write(path: Path) -> None:
+        torch.save({"step": checkpoint.step, "history": checkpoint.history, "state": checkpoint.state}, path)
+
+    output.create_file(f"{FOLDER}/step-{checkpoint.step:08d}.pt", write)
+    output.put(METRICS, "".join(f"{json.dumps(record)}\n" for record in checkpoint.history).encode())
+    output.delete([f"{FOLDER}/{name}" for name in _names(output)[:-KEPT]])
+
+
+def latest(output: Storage) -> Checkpoint | None:
+    """The last checkpoint; None where there is none."""
+    while names := _names(output):
+        try:
+            data = output.read(f"{FOLDER}/{names[-1]}")
+        except FileNotFoundError:  # deleted meanwhile, for there is a later one
+            continue
+        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return Checkpoint(found["step"], found["history"], found["state"])
+    return None
+
+
+def last_step(output: Storage) -> int:
+    """Steps that the last checkpoint holds; 0 where there is none."""
+    names = _names(output)
+    return int(names[-1].removeprefix("step-").removesuffix(".pt")) if names else 0
+
+
+def metrics(output: Storage) -> list[Record]:
+    """All that was told until the last checkpoint; [] before the first."""
+    try:
+        return [json.loads(line) for line in output.read(METRICS).splitlines()]
+    except FileNotFoundError:
+        return []
+
+
+def _names(output: Storage) -> list[str]:
+    return [name for name in output.sizes(FOLDER) if name.startswith("step-") and name.endswith(".pt")]
