@@ -65,7 +65,7 @@ def print_summary(output: Storage, published: Published, *, jsonl: bool) -> None
             f"{manifest['num_quarantined']} dropped{_listed(manifest['causes'])}; {manifest['num_made']} rows out"
             f"{_listed(manifest['made'])}"
         )
-        print(f"candidates: {manifest['num_candidates']} used{_listed(manifest['unused'], 'not used: ')}")
+        print(f"candidates: {manifest['num_candidates']} usable{_listed(manifest['unused'], 'not usable: ')}")
     for line in facts(checks.report(checks.summed(manifest["checks"] for manifest in new))):
         print(line)
     print(f"dataset: {where}")
