@@ -162,11 +162,13 @@ class Benchmarks:
         grams: by their number of words, hashes of the word sequences to look for.
         messages: hashes of the word sequences that no message must be.
         digest: of the files' bytes; part of the fingerprint.
+        num_texts: in the files.
     """
 
     grams: dict[int, frozenset[int]]
     messages: frozenset[int]
     digest: str
+    num_texts: int
 
     def touch(self, text: str) -> bool:
         """Whether a message is one of the sequences, or holds one."""
@@ -201,13 +203,16 @@ def _read_benchmarks(paths: tuple[str, ...], ngram: int, options: str) -> Benchm
     """
     found: dict[int, set[int]] = {}
     messages: set[int] = set()
+    num_texts = 0
     digest = hashlib.sha256()
     for path in paths:
         try:
             fs, name = fsspec.core.url_to_fs(path, **json.loads(options))
             data = fs.cat_file(name)
             digest.update(hashlib.sha256(data).digest())
-            for text in _texts(path, data):
+            texts = _texts(path, data)
+            num_texts += len(texts)
+            for text in texts:
                 wanted = words(text.lower())
                 if len(wanted) >= min(ngram, ROW_WORDS):
                     length = min(ngram, len(wanted))
@@ -217,7 +222,7 @@ def _read_benchmarks(paths: tuple[str, ...], ngram: int, options: str) -> Benchm
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"prompts.decontaminate: cannot read {path}: {error}") from None
     wanted_grams = {length: frozenset(each) for length, each in found.items()}
-    return Benchmarks(wanted_grams, frozenset(messages), digest.hexdigest()[:16])
+    return Benchmarks(wanted_grams, frozenset(messages), digest.hexdigest()[:16], num_texts)
 
 
 def _texts(path: str, data: bytes) -> list[str]:

@@ -54,6 +54,7 @@ class PreferencesJob(Job[BuildPreferencesConfig]):
         join_or_start(self.config.site.ray_address, self.config.run.num_workers)
 
     def make(self, plan: Plan, run: int, made_of: str) -> None:
+        report.print_benchmarks(self.config)
         build_all(self.config, Builder(self.config, self.source, self.output, self._benchmarks, run, made_of), plan)
 
     def publish(self, plan: Plan) -> Published:

@@ -9,6 +9,7 @@ from pipelines.corpus.state import manifests
 from pipelines.corpus.storage import Storage
 from pipelines.preferences import checks
 from pipelines.preferences.build import output_columns
+from pipelines.preferences.filters import benchmarks_of
 from pipelines.preferences.settings import BuildPreferencesConfig
 from pipelines.report import say
 
@@ -38,6 +39,14 @@ def print_dry_run(config: BuildPreferencesConfig, plan: Plan) -> None:
     print(f"parts: {plan.num_shards} published, {plan.num_finished} of them done")
     print(f"to build: {plan.num_rows} prompts in {plan.num_units} units; {plan.num_done_rows} done in the other parts")
     print(f"columns: {', '.join(output_columns(config, plan.kept_types))}")
+    print_benchmarks(config)
+
+
+def print_benchmarks(config: BuildPreferencesConfig) -> None:
+    """How much prompts are compared with, where they are compared with benchmarks."""
+    found = benchmarks_of(config.prompts, config.site.storage_options)
+    if found:
+        print(f"benchmarks: {found.num_texts} texts in {len(config.prompts.decontaminate)} files")
 
 
 def print_summary(output: Storage, published: Published, *, jsonl: bool) -> None:

@@ -436,7 +436,9 @@ def test_a_part_that_is_not_what_its_manifest_says_stops_the_job(
         assert not manifests(tmp_path / dedup)
 
 
-def test_near_duplicates_and_contaminated_prompts_are_dropped(corpus: Path, tmp_path: Path) -> None:
+def test_near_duplicates_and_contaminated_prompts_are_dropped(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "benchmark.txt").write_text("Tell me of number 12\n")
     asked = "Please tell me in a few plain words how the pump in the cellar of this house works"
     some = [row(text, ["a"], ["b"], q=([1], [2])) for text in (asked, f"{asked} today")]
@@ -449,6 +451,9 @@ def test_near_duplicates_and_contaminated_prompts_are_dropped(corpus: Path, tmp_
     (tmp_path / "other.txt").write_text("Tell me of number 13\n")
     more[1] = f"prompts.decontaminate=[{tmp_path / 'other.txt'}]"
     assert main(job(corpus, tmp_path / "out", *more)) == 2, "another benchmark is another dataset"
+    assert [line for line in capsys.readouterr().out.splitlines() if "benchmark" in line] == [
+        "benchmarks: 1 texts in 1 files"
+    ]
 
 
 def test_a_task_that_hangs_ends_the_job_with_4_and_what_is_missing_is_named(
