@@ -120,7 +120,7 @@ def test_steps_are_those_of_plain_pytorch(base: ScoringConfig, pairs: list[Pair]
     assert [step.loss for step in steps] == pytest.approx(losses, rel=1e-4)
     for name, weight in plain.named_parameters():
         assert torch.allclose(model.get_parameter(name), weight, atol=2e-4), name
-    expected = [float(score(plain, pair.chosen) - score(plain, pair.rejected)) for pair in pairs]
+    expected = [(score(plain, pair.chosen) - score(plain, pair.rejected)).item() for pair in pairs]
     assert margins_of(model, pairs, batch_tokens=100) == pytest.approx(expected, abs=1e-2)
 
 
