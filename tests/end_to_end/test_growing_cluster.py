@@ -105,7 +105,7 @@ def test_the_manifests_cluster_grows_to_what_the_pools_need_and_no_further(
     refused = growing_command_line.run(*job, "policy.replicas=17").expect(2)
     assert "not even with all the nodes that the autoscaler may add. Asked for: policy: 17 x 1 GPUs" in refused.stderr
     dry = growing_command_line.run(*job, "--dry-run").expect(0)
-    assert "waits up to 200 s for nodes: aligner: 1 x 4 GPUs and 1 CPUs, on nodes with burnish=aligner" in dry.stdout
+    assert "waits up to 200 s for nodes: aligner: 1 x 4 GPUs and 16 CPUs, on nodes with burnish=aligner" in dry.stdout
     assert seen(growing_head) == ({"none": 1}, 0), "what is refused, or asked about, brings no node"
 
     completed = growing_command_line.run(*job, limit_s=300).expect(0)
