@@ -89,6 +89,7 @@ def assert_ended_the_same(root: Path, undisturbed: Path) -> None:
     assert [(root / name).read_bytes() for name in names] == [(undisturbed / name).read_bytes() for name in names]
 
 
+@pytest.mark.long
 def test_killed_at_a_random_step_and_run_again_it_has_the_losses_of_an_undisturbed_training(
     command_line: CommandLine, training: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:

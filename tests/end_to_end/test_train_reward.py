@@ -252,7 +252,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     (tmp_path / "file").write_text("mine")
     assert main([*arguments, f"output.root={tmp_path / 'file'}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {tmp_path / 'file'}/.training refuses: ")
+    assert line.startswith(f"error: {tmp_path / 'file'}/.training is a file, or lies below one: name a folder")
 
 
 def test_two_processes_do_not_train_in_one_folder(
