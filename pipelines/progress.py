@@ -17,6 +17,7 @@ from actors.board import Snapshot
 
 POLL_S = 1.0
 STALLED = 4
+COLUMNS = 100  # of a terminal that does not tell its size
 
 
 @dataclass
@@ -182,9 +183,16 @@ class Show(Protocol):
 def _bars(pools: list[str], num_rows: int) -> Show:
     names = [*pools, "committed"]
     width = max(map(len, names))
+    has_size = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # those of containers and scripts often have none
     bars = {
         name: tqdm(
-            total=num_rows, desc=name.ljust(width), unit="row", position=place, dynamic_ncols=True, smoothing=0.1
+            total=num_rows,
+            desc=name.ljust(width),
+            unit="row",
+            position=place,
+            smoothing=0.1,
+            dynamic_ncols=has_size,
+            ncols=None if has_size else COLUMNS,
         )
         for place, name in enumerate(names)
     }

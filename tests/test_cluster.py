@@ -163,7 +163,7 @@ def test_the_readme_installs_what_is_pinned_and_waits_for_the_tunnel() -> None:
     commands = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines = "\n".join(commands).splitlines()
     installs = [line for line in lines if re.search(r"pip install .*\.\[", line)]
-    assert len(installs) == 2 and all("-c conf/constraints.txt" in line for line in installs)
+    assert len(installs) == 3 and all("-c conf/constraints.txt" in line for line in installs)
     (tunnel,) = [position for position, line in enumerate(lines) if line.startswith("ray dashboard")]
     assert lines[tunnel].endswith("&") and lines[tunnel + 1].startswith("until curl"), "it takes seconds to stand"
     assert lines[tunnel + 2].startswith("ray job submit")

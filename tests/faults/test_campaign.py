@@ -14,7 +14,8 @@ from tests.faults.campaign import Outcome, Round, campaign
 from tests.s3_server import S3Server
 
 
-@pytest.mark.parametrize(("num_kills", "num_shards"), [(2, 1), pytest.param(60, 4, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("num_kills", "num_shards"), [(2, 1), (60, 4)])
 def test_kills_and_faults_at_random_change_no_row(
     s3_server: S3Server, tmp_path: Path, num_kills: int, num_shards: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
