@@ -193,6 +193,7 @@ def _bars(pools: list[str], num_rows: int) -> Show:
             smoothing=0.1,
             dynamic_ncols=has_size,
             ncols=None if has_size else COLUMNS,
+            nrows=None if has_size else len(names) + 1,
         )
         for place, name in enumerate(names)
     }
