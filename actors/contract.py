@@ -5,7 +5,7 @@ This is the one module that `pipelines/corpus/` and `actors/` both import; neith
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -216,6 +216,23 @@ def option(default: Any, help: str, *, changes_rows: bool = False) -> Any:
 def section(kind: type, help: str) -> Any:
     """A config field that is a section of its own."""
     return field(default_factory=kind, metadata={"doc": Doc(help, changes_rows=False)})
+
+
+_OUTSIDE: dict[str, Callable[[float], bool]] = {
+    "more than 0": lambda value: value <= 0,
+    "0 or more": lambda value: value < 0,
+    "1 or more": lambda value: value < 1,
+    "at least 1": lambda value: value < 1,
+}
+
+
+def refuse_unless(section: Any, bound: str, *keys: str) -> None:
+    """Raise ConfigError for a key of a config section that is not "more than 0", "0 or more", "1 or more" or "at least
+    1", in these words; one that is None is not looked at."""
+    for key in keys:
+        value = getattr(section, key)
+        if value is not None and _OUTSIDE[bound](value):
+            raise ConfigError(f"{key} must be {bound}, got {value}")
 
 
 def is_set(section: Any, key: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from actors.candidates import as_messages, failed, made, model_label
-from actors.contract import RESPONSES, ConfigError, RowError, candidate_seed, option
+from actors.contract import RESPONSES, RowError, candidate_seed, option, refuse_unless
 from actors.engines.base import Generating, Messages
 from actors.pool import Columns, ModelStage, PoolConfig, Row
 
@@ -22,8 +22,7 @@ class PolicyConfig(PoolConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_candidates < 1:
-            raise ConfigError(f"num_candidates must be at least 1, got {self.num_candidates}")
+        refuse_unless(self, "at least 1", "num_candidates")
 
 
 class PolicyStage(ModelStage):

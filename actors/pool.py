@@ -14,7 +14,7 @@ from ray.data import ActorPoolStrategy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.board import Reporter, Snapshot, units_before
-from actors.contract import ConfigError, TransientError, label, option, unpack, with_columns
+from actors.contract import ConfigError, TransientError, label, option, refuse_unless, unpack, with_columns
 from actors.engines import build_engine
 from actors.engines.base import Completion, Engine, EngineConfig, Messages, Request
 from actors.engines.hosted import MAX_STARTS, HostedEngine, Remember, Suspect, crash
@@ -41,14 +41,10 @@ class PoolConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("replicas", "units_in_flight"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        refuse_unless(self, "at least 1", "replicas", "units_in_flight")
         if self.most_replicas < self.replicas:
             raise ConfigError(f"max_replicas must be replicas={self.replicas} or more, got {self.max_replicas}")
-        for name in ("num_gpus", "num_cpus"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        refuse_unless(self, "0 or more", "num_gpus", "num_cpus")
         shards = self.tensor_parallel_size
         if self.engine in ("torch", "vllm") and self.num_gpus not in (0, shards):
             raise ConfigError(

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from actors.aligner import AlignerConfig
 from actors.candidates import model_label
-from actors.contract import ConfigError, option, refuse_secrets, section
+from actors.contract import ConfigError, option, refuse_secrets, refuse_unless, section
 from actors.engines.by_url import is_url
 from actors.engines.hosted import MAX_ATTEMPTS
 from actors.engines.identity import identity, pinned
@@ -50,9 +50,7 @@ class RunConfig:
     stall_minutes: float = option(30.0, "end with exit code 4 after so long without a token, a commit or a start-up")
 
     def __post_init__(self) -> None:
-        for name in ("unit_rows", "max_attempts", "lease_ttl_s", "stall_minutes"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be more than 0, got {getattr(self, name)}")
+        refuse_unless(self, "more than 0", "unit_rows", "max_attempts", "lease_ttl_s", "stall_minutes")
         for name in ("max_quarantined_fraction", "max_unscored_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -67,8 +65,7 @@ class PlanConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.gpu_hour_price is not None and self.gpu_hour_price < 0:
-            raise ConfigError(f"gpu_hour_price must be 0 or more, got {self.gpu_hour_price}")
+        refuse_unless(self, "0 or more", "gpu_hour_price")
 
 
 @dataclass(frozen=True)
@@ -87,8 +84,7 @@ class SiteConfig:
     log_every_s: float = option(30.0, "seconds between progress lines where there is no terminal")
 
     def __post_init__(self) -> None:
-        if self.storage_retry_s < 0:
-            raise ConfigError(f"storage_retry_s must be 0 or more, got {self.storage_retry_s}")
+        refuse_unless(self, "0 or more", "storage_retry_s")
         refuse_secrets("storage_options", self.storage_options)
 
 

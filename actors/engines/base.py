@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from omegaconf import MISSING
 
-from actors.contract import ConfigError, is_set, option, refuse_secrets
+from actors.contract import ConfigError, is_set, option, refuse_secrets, refuse_unless
 
 Messages = tuple[tuple[str, str], ...]
 """A chat as (role, content) pairs."""
@@ -82,24 +82,18 @@ class EngineConfig:
     retry_s: float = option(600.0, "seconds that an endpoint may be out before the job stops; it can be resumed")
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature must be 0 or more, got {self.temperature}")
+        refuse_unless(self, "at least 1", "max_tokens")
+        refuse_unless(self, "0 or more", "temperature")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k must be at least 1, or null for all, got {self.top_k}")
-        if self.max_num_seqs < 1:
-            raise ConfigError(f"max_num_seqs must be at least 1, got {self.max_num_seqs}")
+        refuse_unless(self, "at least 1", "max_num_seqs")
         if any(not text for text in self.stop):
             raise ConfigError("stop must not hold an empty string")
-        if self.tensor_parallel_size < 1:
-            raise ConfigError(f"tensor_parallel_size must be at least 1, got {self.tensor_parallel_size}")
-        if self.request_timeout_s <= 0:
-            raise ConfigError(f"request_timeout_s must be more than 0, got {self.request_timeout_s}")
-        if self.retry_s < 0:
-            raise ConfigError(f"retry_s must be 0 or more, got {self.retry_s}")
+        refuse_unless(self, "at least 1", "tensor_parallel_size")
+        refuse_unless(self, "more than 0", "request_timeout_s")
+        refuse_unless(self, "0 or more", "retry_s")
         if taken := sorted(_KEYS_OF_THEIR_OWN.intersection(self.engine_kwargs)):
             hint = "is not to be had" if taken[0] in ("trust_remote_code", "seed") else "has a key of its own"
             raise ConfigError(f"engine_kwargs.{taken[0]}: {taken[0]} {hint}; take it out of engine_kwargs")
@@ -146,14 +140,12 @@ class DraftingConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block_size < 1:
-            raise ConfigError(f"block_size must be at least 1, got {self.block_size}")
+        refuse_unless(self, "at least 1", "block_size")
         if self.max_iterations is not None and self.max_iterations < 1:
             raise ConfigError(
                 f"max_iterations must be at least 1, or null for a fixed point, got {self.max_iterations}"
             )
-        if self.num_reserved < 0:
-            raise ConfigError(f"num_reserved must be 0 or more, got {self.num_reserved}")
+        refuse_unless(self, "0 or more", "num_reserved")
         if self.max_iterations is not None:
             if self.engine != "torch":
                 raise ConfigError(
@@ -180,8 +172,7 @@ class ScoringConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.batch_tokens < 1:
-            raise ConfigError(f"batch_tokens must be at least 1, got {self.batch_tokens}")
+        refuse_unless(self, "at least 1", "batch_tokens")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from actors.contract import ConfigError, is_set, option
+from actors.contract import ConfigError, is_set, option, refuse_unless
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,12 @@ class TrainingConfig:
     seed: int = option(0, "of adapters, of the order of trajectories and of the y(t) drawn", changes_rows=True)
 
     def __post_init__(self) -> None:
-        for name in (
+        refuse_unless(
+            self, "more than 0",
             "num_epochs", "batch_size", "micro_batch_size", "learning_rate", "lora_alpha", "max_grad_norm",
             "max_prompt_tokens",
-        ):  # fmt: skip
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be more than 0, got {getattr(self, name)}")
-        for name in ("omega", "lora_rank", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        )  # fmt: skip
+        refuse_unless(self, "0 or more", "omega", "lora_rank", "weight_decay")
         if self.max_tokens < 2:
             raise ConfigError(f"max_tokens must be 2 or more, got {self.max_tokens}")
         if not 0 <= self.warmup_fraction <= 1:
@@ -82,8 +79,5 @@ class EvaluationConfig:
     max_num_seqs: int = option(16, "answers decoded at the same time")
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ConfigError(f"every must be 0 or more, got {self.every}")
-        for name in ("num_prompts", "max_num_seqs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        refuse_unless(self, "0 or more", "every")
+        refuse_unless(self, "1 or more", "num_prompts", "max_num_seqs")

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from omegaconf import MISSING
 
-from actors.contract import ConfigError, option
+from actors.contract import ConfigError, option, refuse_unless
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class RewardTrainingConfig:
     seed: int = option(0, "of the order of the pairs, and of those that --limit draws", changes_rows=True)
 
     def __post_init__(self) -> None:
-        for name in ("num_epochs", "batch_size", "batch_tokens", "learning_rate", "head_learning_rate", "max_tokens"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be more than 0, got {getattr(self, name)}")
-        if self.weight_decay < 0:
-            raise ConfigError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        refuse_unless(
+            self, "more than 0",
+            "num_epochs", "batch_size", "batch_tokens", "learning_rate", "head_learning_rate", "max_tokens",
+        )  # fmt: skip
+        refuse_unless(self, "0 or more", "weight_decay")
         if not 0 <= self.warmup_fraction < 1:
             raise ConfigError(f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
         if self.num_layers is not None and self.num_layers < 0:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from actors.contract import PROBLEM, ConfigError, option, refuse_secrets
+from actors.contract import PROBLEM, option, refuse_secrets, refuse_unless
 from pipelines.corpus import schema, scored, units
 from pipelines.corpus.card import corpus_card, write_card
 from pipelines.corpus.commit import unit_facts
@@ -54,8 +54,7 @@ class OutputConfig:
 
     def __post_init__(self) -> None:
         refuse_secrets("root", self.root)
-        if self.part_mib < 0:
-            raise ConfigError(f"part_mib must be 0 or more, got {self.part_mib}")
+        refuse_unless(self, "0 or more", "part_mib")
 
 
 @dataclass(frozen=True)

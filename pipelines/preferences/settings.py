@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from actors.contract import ConfigError, is_set, option, section
+from actors.contract import ConfigError, is_set, option, refuse_unless, section
 from pipelines.corpus.publish import OutputConfig
 from pipelines.preferences import schema
 from pipelines.preferences.exporters import EXPORTERS
@@ -137,12 +137,8 @@ class BuildConfig:
             raise ConfigError(
                 f"candidates={self.candidates} leaves nothing to compare: what is aligned is compared with responses"
             )
-        if self.min_margin < 0:
-            raise ConfigError(f"min_margin must be 0 or more, got {self.min_margin}")
-        if self.max_length_ratio is not None and self.max_length_ratio < 1:
-            raise ConfigError(f"max_length_ratio must be 1 or more, got {self.max_length_ratio}")
-        if self.num_phases < 1:
-            raise ConfigError(f"num_phases must be 1 or more, got {self.num_phases}")
+        refuse_unless(self, "0 or more", "min_margin")
+        refuse_unless(self, "1 or more", "max_length_ratio", "num_phases")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -195,8 +191,7 @@ class PromptsConfig:
             raise ConfigError(f"overlap must be above 0 and at most 1, got {self.overlap}")
         if self.dedup != "near" and is_set(self, "overlap"):
             raise ConfigError(f"overlap has no effect with dedup={self.dedup}: it is for near")
-        if self.ngram < 1:
-            raise ConfigError(f"ngram must be 1 or more, got {self.ngram}")
+        refuse_unless(self, "1 or more", "ngram")
         if not self.decontaminate and is_set(self, "ngram"):
             raise ConfigError("ngram has no effect without files in decontaminate")
         for name in ("test_fraction", "validation_fraction"):
@@ -229,11 +224,8 @@ class BuildRunConfig:
     stall_minutes: float = option(30.0, "end with exit code 4 after so long without a unit built or a part indexed")
 
     def __post_init__(self) -> None:
-        for name in ("unit_rows", "lease_ttl_s", "stall_minutes"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be more than 0, got {getattr(self, name)}")
-        if self.num_workers < 0:
-            raise ConfigError(f"num_workers must be 0 or more, got {self.num_workers}")
+        refuse_unless(self, "more than 0", "unit_rows", "lease_ttl_s", "stall_minutes")
+        refuse_unless(self, "0 or more", "num_workers")
 
 
 @dataclass(frozen=True)

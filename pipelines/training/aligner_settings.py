@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from actors.contract import ConfigError, is_set, option, section
+from actors.contract import ConfigError, is_set, option, refuse_unless, section
 from actors.engines.base import EngineConfig
 from actors.engines.identity import identity
 from actors.reward import RewardConfig
@@ -50,11 +50,8 @@ class TrainRunConfig:
     stall_minutes: float = option(30.0, "end with exit code 4 after so long without a step or an answer evaluated")
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "checkpoint_every", "lease_ttl_s", "stall_minutes"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be more than 0, got {getattr(self, name)}")
-        if self.max_failures < 0:
-            raise ConfigError(f"max_failures must be 0 or more, got {self.max_failures}")
+        refuse_unless(self, "more than 0", "num_workers", "checkpoint_every", "lease_ttl_s", "stall_minutes")
+        refuse_unless(self, "0 or more", "max_failures")
         if self.num_workers == 1 and is_set(self, "parallel"):
             raise ConfigError(f"parallel={self.parallel} has no effect with num_workers=1")
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from actors.contract import ConfigError, is_set, option, refuse_secrets, section
+from actors.contract import ConfigError, is_set, option, refuse_secrets, refuse_unless, section
 from actors.engines.by_url import is_url
 from actors.training.reward_settings import RewardTrainingConfig
 from pipelines.settings import SiteConfig
@@ -55,9 +55,7 @@ class RewardRunConfig:
     wait_for_resources_s: float = option(600.0, "seconds to wait for nodes that an autoscaling cluster may add")
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "checkpoint_s"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        refuse_unless(self, "0 or more", "num_workers", "checkpoint_s")
         if self.num_threads is not None and self.num_threads < 1:
             raise ConfigError(f"num_threads must be at least 1, or null, got {self.num_threads}")
 

@@ -1,11 +1,12 @@
-"""The unit table's packed form, and seeds."""
+"""The unit table's packed form, seeds, and bounds of config keys."""
 
 import pickle
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 
-from actors.contract import RowError, candidate_seed, label, pack, unpack, with_columns
+from actors.contract import ConfigError, RowError, candidate_seed, label, pack, refuse_unless, unpack, with_columns
 
 
 def unit_of(num_rows: int) -> pa.Table:
@@ -75,3 +76,13 @@ def test_a_row_error_is_read_back_from_its_text(error: RowError, text: str) -> N
     found = RowError.parse(text)
     assert (found.cause, found.message, found.attempts) == (error.cause, error.message, error.attempts)
     assert pickle.loads(pickle.dumps(error)).attempts == error.attempts
+
+
+@pytest.mark.parametrize(
+    ("bound", "least", "below"),
+    [("more than 0", 0.5, 0), ("0 or more", 0, -0.5), ("1 or more", 1, 0.5), ("at least 1", 1, 0)],
+)
+def test_a_number_out_of_its_bound_is_refused(bound: str, least: float, below: float) -> None:
+    refuse_unless(SimpleNamespace(one=least, none=None), bound, "one", "none")
+    with pytest.raises(ConfigError, match=f"^two must be {bound}, got {below}$"):
+        refuse_unless(SimpleNamespace(one=least, two=below), bound, "one", "two")
