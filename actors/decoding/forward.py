@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,20 +23,36 @@ ATTENTION = "burnish_grouped"
 """The name to load a model with (`attn_implementation=ATTENTION`)."""
 STEP_TOKENS = 1024
 """Most positions to ask logits of in one forward, of several rows: past every knee, and no more logits than fit."""
+COPY_CELLS = 4
+"""Cells of attention that take as long as copying the K and V of one row: both grow with what the row holds."""
+SPLIT_CELLS = 16
+"""Cells that a second grid must save beyond that, as it is one more call a layer."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rows of a forward beside each other, as attention takes them: `count` of them, of `width` cells each.
+
+    Attributes:
+        rows: int64 [count], which ones of the forward's; None: all, in order.
+    """
+
+    count: int
+    width: int
+    rows: Tensor | None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the packed positions of a forward lie in a grid [rows, width], row by row.
+    """How the packed positions of a forward lie in the cells of grids, grid by grid and row by row.
 
     Attributes:
-        spread: int64 [rows * width], the packed position of every cell; cells behind a row's last repeat one.
-            None when all rows are as long as the grid is wide: then the packed sequence is the grid.
+        spread: int64 [cells], the packed position of every cell; cells behind a row's last repeat one, and so do those
+            of a row that another grid holds whole. None where the packed sequence is the only grid.
         packed: int64 [total], the cell of every packed position; None with `spread`.
     """
 
-    rows: int
-    width: int
+    grids: tuple[Grid, ...]
     spread: Tensor | None
     packed: Tensor | None
 
@@ -62,42 +79,65 @@ def grouped_attention(
     Args:
         query: [1, heads, total, head_dim], packed.
         key, value: [rows, kv_heads, length, head_dim].
-        attention_mask: bool [rows, 1, width, length], True where visible. None: causal, from position 0, when the
-            width is above 1, and everything visible when it is 1.
+        attention_mask: bool [cells, 1, 1, length], True where visible. None, of one grid: causal, from position 0, when
+            its width is above 1, and everything visible when it is 1.
 
     Returns:
         [1, total, heads, head_dim], packed, and no weights.
     """
     if position_bias is not None:
         raise ValueError("models with a learned position bias are not supported")
-    heads, head_dim = query.shape[1], query.shape[3]
-    rows, q = layout.rows, layout.width
-    kv_heads, length = key.shape[1], key.shape[2]
-    group = heads // kv_heads
     query = query[0].transpose(0, 1)
     if layout.spread is not None:
         query = query.index_select(0, layout.spread)
-    query = query.reshape(rows, q, heads, head_dim).transpose(1, 2)
-    if attention_mask is None and q > 1 and softcap is None:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=group > 1)
-    else:
-        if attention_mask is None and q > 1:
-            attention_mask = torch.ones(q, length, dtype=torch.bool, device=query.device).tril()[None, None]
-        query = query.reshape(rows, kv_heads, group * q, head_dim)
-        if attention_mask is not None and group > 1:
-            attention_mask = attention_mask.expand(-1, -1, group, -1) if q == 1 else attention_mask.tile(1, 1, group, 1)
-        if softcap is None:
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-        else:
-            scores = query @ key.transpose(2, 3) * (head_dim**-0.5 if scaling is None else scaling)
-            scores = torch.tanh(scores / softcap) * softcap
-            if attention_mask is not None:
-                scores = scores.masked_fill(~attention_mask, float("-inf"))
-            out = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
-    out = out.reshape(rows, heads, q, -1).transpose(1, 2).reshape(rows * q, heads, -1)
+    sizes = [grid.count * grid.width for grid in layout.grids]
+    masks = [None] if attention_mask is None else torch.split(attention_mask, sizes)
+    parts = [
+        _attention(cells, key, value, mask, grid, scaling, softcap)
+        for grid, cells, mask in zip(layout.grids, torch.split(query, sizes), masks, strict=True)
+    ]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
     if layout.packed is not None:
         out = out.index_select(0, layout.packed)
     return out[None], None
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    grid: Grid,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """Of one grid: [cells, heads, head_dim] in and out."""
+    if grid.rows is not None:
+        key, value = key.index_select(0, grid.rows), value.index_select(0, grid.rows)
+    cells, heads, head_dim = query.shape
+    rows, q = grid.count, grid.width
+    kv_heads, length = key.shape[1], key.shape[2]
+    group = heads // kv_heads
+    query = query.reshape(rows, q, heads, head_dim).transpose(1, 2)
+    if mask is None and q > 1 and softcap is None:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=group > 1)
+    else:
+        if mask is None and q > 1:
+            mask = torch.ones(q, length, dtype=torch.bool, device=query.device).tril()[None, None]
+        elif mask is not None:
+            mask = mask.view(rows, 1, q, length)
+        query = query.reshape(rows, kv_heads, group * q, head_dim)
+        if mask is not None and group > 1:
+            mask = mask.expand(-1, -1, group, -1) if q == 1 else mask.tile(1, 1, group, 1)
+        if softcap is None:
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        else:
+            scores = query @ key.transpose(2, 3) * (head_dim**-0.5 if scaling is None else scaling)
+            scores = torch.tanh(scores / softcap) * softcap
+            if mask is not None:
+                scores = scores.masked_fill(~mask, float("-inf"))
+            out = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    return out.reshape(rows, heads, q, -1).transpose(1, 2).reshape(cells, heads, -1)
 
 
 # No mask function goes with it: `Forward` builds every mask, and transformers hands a 4D mask, or None, through.
@@ -226,24 +266,28 @@ class Forward:
             np.asarray(starts)[row_of] + offsets,
         ]
         ragged = width * rows > total
+        # Two shapes need no mask: fresh rows are causal from 0 on, and one position at the same end of each sees all.
+        plain = max(starts) == 0 or (width == 1 and not ragged and min(starts) == max(starts))
+        wide = _wide(counts) if ragged and not plain else np.empty(0, np.int64)
+        widths = [width] if not wide.size else [int(np.delete(counts, wide).max()), width]
         if ragged:
-            columns = np.minimum(np.arange(width), counts[:, None] - 1)
-            host += [(begins[:, None] + columns).clip(0).ravel(), row_of * width + offsets]
+            members = [np.arange(rows), wide][: len(widths)]
+            host += [*_cells(counts, members, widths), wide]
         some = 0 < sum(num_logits) < total
         if some:
             host.append(np.flatnonzero(offsets >= (counts - num_logits)[row_of]))
         # One transfer for all of it.
-        packed = torch.from_numpy(np.concatenate(host)).to(self.device, non_blocking=True)
-        ids, slots, positions, *rest = torch.split(packed, [len(each) for each in host])
-        layout = Layout(rows, width, rest[0] if ragged else None, rest[1] if ragged else None)
+        together = torch.from_numpy(np.concatenate(host)).to(self.device, non_blocking=True)
+        ids, slots, positions, *rest = torch.split(together, [len(each) for each in host])
+        spread, packed, wide_rows = rest[:3] if ragged else (None, None, None)
+        grids = [Grid(rows, widths[0], None)] + [Grid(len(wide), each, wide_rows) for each in widths[1:]]
+        layout = Layout(tuple(grids), spread, packed)
         length = max(start + len(row) for start, row in zip(starts, tokens, strict=True))
-        # Two shapes need no mask: fresh rows are causal from 0 on, and one position at the same end of each sees all.
-        plain = max(starts) == 0 or (width == 1 and not ragged and min(starts) == max(starts))
         binds = self.slides and self.window is not None and length > self.window
         mask: Tensor | dict[str, Tensor | None] | None = None
         if not plain or binds:
             length = min(-(-length // 8) * 8, self.cache.capacity)  # CUDA kernels want aligned mask rows
-            seen_from = (positions[layout.spread] if ragged else positions).view(rows, 1, width, 1)
+            seen_from = (positions if spread is None else positions[spread]).view(-1, 1, 1, 1)
             keys = torch.arange(length, device=self.device)
             causal = keys <= seen_from
             mask = causal
@@ -265,3 +309,27 @@ class Forward:
             return None
         logits: Tensor = self.model(**inputs, logits_to_keep=rest[-1] if some else 0).logits[0]
         return logits
+
+
+def _wide(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Rows that get a grid of their own, as padding the others to them would cost more; none where it would not."""
+    ordered = np.sort(counts)
+    num_wide = len(counts) - np.searchsorted(ordered, ordered, side="right")
+    cells = len(counts) * ordered + num_wide * (ordered[-1] + COPY_CELLS) + SPLIT_CELLS * (num_wide > 0)
+    return np.flatnonzero(counts > ordered[cells.argmin()])
+
+
+def _cells(
+    counts: npt.NDArray[np.int64], members: list[npt.NDArray[np.int64]], widths: list[int]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """`spread` and `packed` of a layout: a row that is in several grids lies in the last of them."""
+    begins = counts.cumsum() - counts
+    spread, packed, first = [], np.empty(counts.sum(), np.int64), 0
+    for rows, width in zip(members, widths, strict=True):
+        columns, inside = np.arange(width), counts[rows, None]
+        positions = (begins[rows, None] + np.minimum(columns, inside - 1)).clip(0)
+        cells = first + np.arange(positions.size).reshape(positions.shape)
+        packed[positions[columns < inside]] = cells[columns < inside]
+        spread.append(positions.ravel())
+        first += positions.size
+    return np.concatenate(spread), packed

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from actors.contract import ConfigError
 from actors.decoding import loop as loop_module
-from actors.decoding.forward import ATTENTION, Forward, SlotCache
+from actors.decoding.forward import ATTENTION, Forward, Layout, SlotCache
 from actors.decoding.loop import DecodeLoop, Row
 from actors.engines.base import EngineConfig
 from actors.engines.torch_model import load_model
@@ -160,11 +160,18 @@ def test_invariance_fails_when_holes_are_not_filled(llama: PreTrainedModel, monk
 # --- a block of guesses is the same primitive -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("ends", "grids"),
+    [([9, 36, 5, 18], [(4, 6)]), ([38, 31, 3, 18], [(4, 3), (1, 35)]), ([4, 39, 36, 20], [(4, 9), (1, 36)])],
+    ids=["like", "one wide", "one wide, others unlike"],
+)
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen2", "mistral"])
-def test_blocks_of_positions_equal_the_whole(model_folder: Callable[[str], Path], kind: str) -> None:
+def test_blocks_of_positions_equal_the_whole(
+    model_folder: Callable[[str], Path], kind: str, ends: list[int], grids: list[tuple[int, int]]
+) -> None:
     """Rows of different lengths, some tokens of each in one forward: the logits are those of the model on the whole."""
     model = load_model(EngineConfig(model=str(model_folder(kind)), dtype="float32", device="cpu"))
-    starts, ends = [3, 30, 0, 17], [9, 36, 5, 18]
+    starts = [3, 30, 0, 17]
     tokens = torch.randint(3, 512, (4, 40), generator=torch.Generator().manual_seed(0)).tolist()
     model.set_attn_implementation("eager")
     with torch.inference_mode():
@@ -175,12 +182,21 @@ def test_blocks_of_positions_equal_the_whole(model_folder: Callable[[str], Path]
     with torch.inference_mode():
         forward(1, [row[:start] for row, start in zip(tokens, starts, strict=True)], [0] * 4, [0] * 4)
         block = [row[start:end] for row, start, end in zip(tokens, starts, ends, strict=True)]
-        got = forward(1, block, starts, [6, 2, 5, 0])
+        laid_out = laid_out_by(model)
+        got = forward(1, block, starts, [1, 1, 3, 0])
         one = forward(1, [row[end : end + 1] for row, end in zip(tokens, ends, strict=True)], ends, [1] * 4)
     assert got is not None and one is not None
-    want = torch.cat([whole[0, 3:9], whole[1, 34:36], whole[2, :5]])
+    assert [(grid.count, grid.width) for grid in laid_out[0].grids] == grids
+    want = torch.cat([whole[row, end - num : end] for row, (end, num) in enumerate(zip(ends, [1, 1, 3], strict=False))])
     assert torch.allclose(got, want, atol=1e-4)
     assert torch.allclose(one, whole[range(4), ends], atol=1e-4)
+
+
+def laid_out_by(model: PreTrainedModel) -> list[Layout]:
+    """The layouts of the model's forwards to come, as they come."""
+    found: list[Layout] = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: found.append(kwargs["layout"]), with_kwargs=True)
+    return found
 
 
 # --- admission ------------------------------------------------------------------------------------------------------
