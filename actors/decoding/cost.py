@@ -22,7 +22,6 @@ LEAST_CHANCE = 0.01  # below it no guess is made, even where it seems to be free
 CONTEXT = 128  # tokens; what the measured rows have in the cache
 SWEEPS = 2
 FAR = 2.0  # times the seconds of one position a row; beyond it the curve is straight
-SKEW = 4  # times the average: no row gets more positions, since attention pads the others to the longest
 
 
 class StepCost:
@@ -46,7 +45,7 @@ class StepCost:
 
     def _curve(self, rows: int, positions: np.ndarray) -> np.ndarray:
         x, y = (np.array(list(values), float) for values in (self.table[rows], self.table[rows].values()))
-        y = np.maximum.accumulate(y)  # more work takes longer, whatever the clock said
+        y = np.minimum.accumulate(y[::-1])[::-1]  # some kernels are slower at 2 rows than at 4: less is never dearer
         slope = (y[-1] - y[-2]) / (x[-1] - x[-2]) if len(x) > 1 else 0.0
         curve: np.ndarray = np.interp(positions, x, y) + slope * (positions - x[-1]).clip(0)
         return curve
@@ -54,7 +53,7 @@ class StepCost:
     @classmethod
     @torch.inference_mode()
     def measure(cls, forward: Forward, num_rows: int, block_size: int, max_positions: int) -> "StepCost":
-        """Time forwards of 1, 4, 16, … positions of one row, and of each of `num_rows` rows. Takes seconds at most.
+        """Time forwards of 1, 2, 4, … positions of one row, and of each of `num_rows` rows. Takes seconds at most.
 
         Nothing may be in the cache yet, and nothing is afterwards.
 
@@ -69,10 +68,10 @@ class StepCost:
             forward.cache.resize(rows, context + block_size, used=0)
             curve = table[rows] = {}
             for _ in range(SWEEPS):  # not one length after the other: what disturbs one point now spares it later
-                for q in (4**i for i in range((block_size.bit_length() + 1) // 2)):
+                for q in (2**i for i in range(block_size.bit_length())):
                     seconds = _seconds(forward, rows, q, context)
                     curve[rows * q] = min(seconds, curve.get(rows * q, seconds))
-                    if q > 1 and (curve[rows * q] > FAR * curve[rows] or 4 * rows * q > STEP_TOKENS):
+                    if q > 1 and (curve[rows * q] > FAR * curve[rows] or 2 * rows * q > STEP_TOKENS):
                         break
         forward.cache.resize(0, 0, used=0)
         return cls(table)
@@ -101,5 +100,5 @@ def block_sizes(chances: Sequence[np.ndarray], cost: StepCost) -> list[int]:
     tokens = rows + np.append(0.0, flat[order].cumsum())
     best = int((tokens / cost.seconds(rows, len(order))).argmax())
     sizes = np.bincount(owner[order[:best]], minlength=rows)
-    narrow: list[int] = sizes.clip(max=SKEW * (rows + best) // rows).tolist()
-    return narrow
+    found: list[int] = sizes.tolist()
+    return found

@@ -24,6 +24,9 @@ NEAR = 4  # tokens; as far from where it was expected, one token that agrees is 
 LONGEST = 16  # tokens; two places in a draft that agree with the text so far as this are told apart by distance
 PRIOR = [0.2, 0.5, 0.7, 0.8, 0.9, 0.5]  # chance by run: 0 to DEPTH, START
 PRIOR_WEIGHT = 4.0  # guesses
+BEHIND_WRONG = 0.5
+"""What a guess behind a wrong one is worth of its chance. A step without it tells, at no price, whether the draft goes
+on again; then the next step can have the rest of it on better terms."""
 
 
 class Record:
@@ -66,7 +69,8 @@ class Record:
 
 class Guesser(Protocol):
     def offer(self, most: int) -> tuple[list[int], np.ndarray]:
-        """At most so many guesses, and for each the chance (float64) that it and all before it are right."""
+        """At most so many guesses, and what each is worth in tokens: in essence the chance (float64) that it and all
+        before it are right."""
         ...
 
     def learn(self, predictions: list[int], num_right: int) -> list[int]:
@@ -115,8 +119,8 @@ class Drafter:
             survival = self._predictions.survival(0, len(own))
             survival = np.append(survival, survival[-1] * self._drafts.survival(0, len(rest)))
             if survival.sum() > chances.sum():
-                return own + rest, survival
-        return tokens, chances
+                return own + rest, BEHIND_WRONG * survival
+        return tokens, chances if self.run else BEHIND_WRONG * chances
 
     def learn(self, predictions: list[int], num_right: int) -> list[int]:
         made = predictions[: num_right + 1]

@@ -29,7 +29,7 @@ from actors.decoding import sampling
 from actors.decoding.cost import StepCost
 from actors.decoding.forward import ATTENTION, Forward, SlotCache
 from actors.decoding.loop import DecodeLoop, Row
-from actors.decoding.parallel import Denoiser, Drafter, Record
+from actors.decoding.parallel import BEHIND_WRONG, START, Denoiser, Drafter, Record
 from actors.decoding.stopping import until_stop
 from tests.tiny_models import SHAPE
 
@@ -574,6 +574,17 @@ def test_predictions_are_guessed_where_they_have_been_right() -> None:
         sizes.append(num_right + 1)
     assert max(sizes[:2]) == 1
     assert sum(sizes[-4:]) > 8
+
+
+def test_guesses_behind_a_wrong_one_are_worth_less_than_their_chance() -> None:
+    drafts = Record()
+    drafter = Drafter(list(range(8)), 0, drafts, Record())
+    assert drafter.offer(3)[1].tolist() == drafts.survival(START, 3).tolist()
+    drafter.learn([99], 0)
+    assert drafter.offer(3)[0] == [1, 2, 3]
+    assert drafter.offer(3)[1].tolist() == pytest.approx(BEHIND_WRONG * drafter._drafts.survival(0, 3))
+    drafter.learn([1], 0)
+    assert drafter.offer(3)[1].tolist() == drafter._drafts.survival(1, 3).tolist()
 
 
 def test_new_row_begins_with_what_the_loop_has_learned() -> None:
