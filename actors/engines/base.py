@@ -120,7 +120,7 @@ class DraftingConfig(EngineConfig):
     decoder: Literal["auto", "parallel", "greedy"] = option(
         "auto",
         "parallel: check many positions of a draft per forward pass; greedy: one token each; auto: as many positions "
-        "as pay, measured at the start (on `vllm` none where max_num_seqs is above 16)",
+        "as pay, measured at the start (on `vllm` none where max_num_seqs is above 128, or 16 on CPUs)",
     )
     block_size: int = option(
         256,

@@ -41,11 +41,12 @@ from actors.engines.prompts import (
 from actors.engines.vllm_calibration import NotMeasured, calibrated, measure
 from actors.engines.vllm_drafts import MAX_GUESSES, Costs, DraftFolder, DraftProposer, Outcome
 
-AUTO_MAX_SEQS = 16
+AUTO_MAX_SEQS = 128
+AUTO_MAX_SEQS_ON_CPU = 16
 """Above so many requests at a time `auto` makes no guesses, and does not measure what they would cost, for which vLLM
-would have to start twice more on every new node. The number rests on CPUs, where a proposer left 0.9 times the tokens
-per second at 1 request, 0.8 times at 8 and 0.4 times at 64; on a GPU the knee lies further out, but nothing was
-measured there, and a proposer takes async scheduling from vLLM. `parallel` guesses at any number."""
+has to start twice more on every new node. On a CPU a proposer left 0.9 times the tokens per second at 1 request, 0.8
+times at 8 and 0.4 times at 64, so none pays beyond. On a GPU, where nothing was measured yet, so many requests alone
+are near the knee of a large model. `parallel` guesses at any number."""
 TELL_EVERY_TOKENS = 16
 """How often vLLM tells what it has made of a request; often enough for progress lines."""
 
@@ -58,8 +59,8 @@ class VllmEngine:
 
     With a `DraftingConfig` and a parallel decoder, the draft of a request is what vLLM guesses its next tokens by. A
     proposer of guesses costs even where it makes none, so `auto` is decided before the engine starts: no guesses above
-    AUTO_MAX_SEQS requests at a time, else by a calibration, for which vLLM starts twice more the first time that a
-    model and its settings are seen on a machine.
+    AUTO_MAX_SEQS requests at a time (AUTO_MAX_SEQS_ON_CPU), else by a calibration, for which vLLM starts twice more the
+    first time that a model and its settings are seen on a machine.
 
     Args:
         num_threads: CPU threads, of all tensor parallel shards together.
@@ -229,7 +230,7 @@ def _decoder(config: EngineConfig, num_threads: int, plain: VllmConfig) -> tuple
     max_guesses = min(config.block_size - 1, MAX_GUESSES)
     if config.decoder == "parallel" or not max_guesses:
         return max_guesses, None
-    if config.max_num_seqs > AUTO_MAX_SEQS:
+    if config.max_num_seqs > (AUTO_MAX_SEQS_ON_CPU if current_platform.is_cpu() else AUTO_MAX_SEQS):
         return 0, None
     device = current_platform.get_device_name()
     key = {

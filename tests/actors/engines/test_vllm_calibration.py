@@ -140,7 +140,7 @@ def test_auto_is_greedy_where_vllm_does_not_start_with_a_proposer(
         ({"decoder": "greedy"}, 0),
         ({"decoder": "auto", "temperature": 0.5}, 0),
         ({"decoder": "auto", "block_size": 1}, 0),
-        ({"decoder": "auto", "max_num_seqs": vllm_engine.AUTO_MAX_SEQS + 1}, 0),
+        ({"decoder": "auto", "max_num_seqs": vllm_engine.AUTO_MAX_SEQS_ON_CPU + 1}, 0),
         ({"decoder": "auto", "engine_kwargs": {"speculative_config": {"method": "ngram"}}}, 0),
         ({"decoder": "parallel"}, MAX_GUESSES),
         ({"decoder": "parallel", "block_size": 9}, 8),
@@ -153,9 +153,22 @@ def test_nothing_is_measured_where_nothing_is_to_be_decided(
     assert vllm_engine._decoder(config_of(tmp_path, **settings), 2, PLAIN) == (num_guesses, None)
 
 
-def test_the_bound_is_told_with_the_key() -> None:
+@pytest.mark.parametrize("max_num_seqs", [vllm_engine.AUTO_MAX_SEQS, vllm_engine.AUTO_MAX_SEQS + 1])
+def test_on_a_gpu_more_requests_are_worth_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_num_seqs: int
+) -> None:
+    asked = []
+    monkeypatch.setattr(vllm_engine.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(vllm_engine, "measure", lambda start, **_: asked.append(1) or GOOD)
+    found = vllm_engine._decoder(config_of(tmp_path, max_num_seqs=max_num_seqs), 2, PLAIN)
+    worth = max_num_seqs <= vllm_engine.AUTO_MAX_SEQS
+    assert (found, asked) == (((MAX_GUESSES, GOOD.drafting), [1]) if worth else ((0, None), []))
+
+
+def test_the_bounds_are_told_with_the_key() -> None:
     (decoder,) = [field for field in fields(DraftingConfig) if field.name == "decoder"]
-    assert f"none where max_num_seqs is above {vllm_engine.AUTO_MAX_SEQS})" in decoder.metadata["doc"].help
+    bounds = f"above {vllm_engine.AUTO_MAX_SEQS}, or {vllm_engine.AUTO_MAX_SEQS_ON_CPU} on CPUs)"
+    assert bounds in decoder.metadata["doc"].help
 
 
 def test_a_policy_has_no_drafts(tmp_path: Path) -> None:
