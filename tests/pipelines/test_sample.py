@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.sample import make_shards
+from pipelines.sample import make_shards, make_training_prompts
 
 SHARDS = sorted((make_shards.SAMPLE / "prompts").glob("*.parquet"))
 
@@ -76,3 +78,18 @@ def test_prompts_are_short_enough_for_a_small_model_on_a_cpu(rows: list[dict[str
     lengths = [sum(len(message["content"].split()) for message in row["prompt"]) for row in rows]
     assert max(lengths) < 100
     assert sum(length >= 60 for length in lengths) <= len(rows) // 20
+
+
+def test_prompts_to_train_on_are_many_and_none_is_a_sample(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    script = Path(make_training_prompts.__file__)
+    subprocess.run([sys.executable, str(script), str(tmp_path / "new" / "prompts.parquet")], check=True)
+    made = pq.read_table(tmp_path / "new" / "prompts.parquet")
+    assert made.num_rows > 1000
+    for column in ("id", "prompt"):
+        assert len(set(made[column].to_pylist())) == made.num_rows
+    known = {_normal(message["content"]) for row in rows for message in row["prompt"]}
+    assert not known & set(map(_normal, made["prompt"].to_pylist()))
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.lower().split())
