@@ -1,11 +1,13 @@
 """Commits: a finished unit becomes one Parquet object, created if absent, that says everything about its rows."""
 
 import functools
+import hashlib
 import json
 import os
 import socket
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from pipelines.corpus.storage import Storage
 from pipelines.corpus.units import Unit
 
 METADATA_KEY = b"burnish.unit"
+SEAL_KEY = b"burnish.unit.seal"
 BEHIND_BYTES = 32 << 20
 ROW_GROUPS_AT_ONCE = 4
 
@@ -131,9 +134,10 @@ def write_unit(output: Storage, unit: Unit, table: pa.Table, facts: dict[str, An
     """Create the unit's file; False where another copy of it was there first (this one is then dropped).
 
     `facts` go into the file's key-value metadata, so that no second object has to agree with it; their nonce tells two
-    copies with the same rows apart. Pages carry checksums.
+    copies with the same rows apart. Pages carry checksums; what the footer says is sealed.
     """
-    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(facts).encode()})
+    told = json.dumps(facts).encode()
+    table = table.replace_schema_metadata({METADATA_KEY: told, SEAL_KEY: _seal(told, table.schema)})
 
     def write(path: Path) -> None:
         pq.write_table(  # read once, and whole: neither a dictionary nor statistics would pay
@@ -161,8 +165,36 @@ def _aligning(table: pa.Table) -> dict[str, Any]:
 
 def unit_facts(output: Storage, unit: Unit, size: int) -> dict[str, Any]:
     """The facts of a committed unit of `size` bytes, from its footer. Raises Damaged, FileNotFoundError."""
-    metadata, _ = read_footer(output.fs, output.path(unit.path), size)
-    facts: dict[str, Any] = json.loads((metadata.metadata or {}).get(METADATA_KEY, b"{}"))
-    if facts.get("unit") != unit.name or not facts["num_rows"] == metadata.num_rows == unit.num_rows:
+    footer, _ = read_footer(output.fs, output.path(unit.path), size)
+    facts = sealed_facts(unit, footer.metadata or {}, footer.schema.to_arrow_schema())
+    if not facts["num_rows"] == footer.num_rows == unit.num_rows:
         raise Damaged(f"{unit.path} does not hold the {unit.num_rows} rows that its name says")
     return facts
+
+
+def sealed_facts(unit: Unit, metadata: Mapping[bytes, bytes], columns: pa.Schema) -> dict[str, Any]:
+    """The facts in a unit file's key-value metadata. Raises Damaged where they, or its columns, are not as written."""
+    told = metadata.get(METADATA_KEY, b"")
+    if metadata.get(SEAL_KEY) != _seal(told, columns):
+        raise Damaged(f"{unit.path}: its footer is not as it was written")
+    facts: dict[str, Any] = json.loads(told)
+    if facts["unit"] != unit.name:
+        raise Damaged(f"{unit.path} holds unit {facts['unit']}")
+    return facts
+
+
+def _seal(told: bytes, columns: pa.Schema) -> bytes:
+    """What tells a changed footer, for Parquet has checksums for pages alone: SHA-256 of facts and columns."""
+    outline = repr([(each.name, _outline(each.type)) for each in columns])
+    return hashlib.sha256(told + outline.encode()).hexdigest().encode()
+
+
+def _outline(kind: pa.DataType) -> Any:
+    """A type without what Parquet may name otherwise than Arrow, the items of lists."""
+    if pa.types.is_struct(kind):
+        return [(each.name, _outline(each.type)) for each in kind]
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return [_outline(kind.value_type)]
+    if pa.types.is_map(kind):
+        return [_outline(kind.key_type), _outline(kind.item_type)]
+    return str(kind)

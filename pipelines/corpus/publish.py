@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from actors.contract import PROBLEM, option, refuse_secrets, refuse_unless
+from actors.contract import PROBLEM, ConfigError, option, refuse_secrets, refuse_unless
 from pipelines.corpus import schema, scored, units
 from pipelines.corpus.card import corpus_card, write_card
-from pipelines.corpus.commit import unit_facts
+from pipelines.corpus.commit import sealed_facts, unit_facts
 from pipelines.corpus.means import mean_rewards
 from pipelines.corpus.parquet import Damaged, Watched, first_line, is_damage, read_footer
 from pipelines.corpus.shards import BadShard
@@ -124,7 +124,7 @@ def publish(
             partition = state.unfinished[0]
             damaged = _finish(output, config, kind, partition)
             if damaged:
-                output.delete([unit.path for unit in damaged])
+                _drop(output, damaged, state)
                 return Published(tuple(finished), tuple(damaged), None)
             finished.append(partition.number)
             continue
@@ -139,7 +139,7 @@ def publish(
         if any(sizes.get(f"{unit.name}.parquet") != state.sizes[unit] for unit in damaged):
             continue  # not damaged: others have published it, or made it again, since we looked
         if damaged:
-            output.delete([unit.path for unit in damaged])
+            _drop(output, damaged, state)
             return Published(tuple(finished), tuple(damaged), None)
         share = plan["num_quarantined"] / plan["num_rows"]
         too_many = share > max_quarantined_fraction and not accept_quarantined
@@ -150,6 +150,19 @@ def publish(
             return Published(tuple(finished), (), refusal)
         folder = partition_folder(output, plan["number"])
         output.create(f"{folder}/plan.json", json.dumps(plan).encode())  # or another's stands
+
+
+def _drop(output: Storage, damaged: list[Unit], state: State) -> None:
+    """Delete damaged units, so that they are made again. Raises ConfigError where one stays, which a store that deletes
+    many at once may do without an error: it would be found damaged for ever."""
+    output.delete([unit.path for unit in damaged])
+    sizes = output.sizes("units")
+    for unit in damaged:
+        if unit in state.sizes and sizes.get(f"{unit.name}.parquet") == state.sizes[unit]:
+            raise ConfigError(
+                f"{output.url}/{unit.path} is damaged and cannot be deleted, so it cannot be made again: see to the "
+                "rights, or delete it by hand"
+            )
 
 
 def _withheld(plan: dict[str, Any], most: float) -> str:
@@ -337,7 +350,7 @@ def _row_groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _read_unit(output: Storage, unit: Unit) -> pa.Table:
-    """A unit's rows, pages verified, each of its input rows exactly once. Raises _DamagedUnit."""
+    """A unit's rows, pages and columns verified, each of its input rows exactly once. Raises _DamagedUnit."""
     try:
         raw = output.fs.open(output.path(unit.path))
     except FileNotFoundError as error:
@@ -347,6 +360,9 @@ def _read_unit(output: Storage, unit: Unit) -> pa.Table:
         try:
             parquet = pq.ParquetFile(pa.PythonFile(file, mode="r"), page_checksum_verification=True)
             table = parquet.read(use_threads=False)  # units are small, and several are read at the same time
+            sealed_facts(unit, table.schema.metadata or {}, table.schema)
+        except Damaged as error:
+            raise _DamagedUnit(unit) from error
         except Exception as error:
             if file.error is not None:
                 raise file.error from None

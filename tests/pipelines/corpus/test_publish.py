@@ -15,9 +15,12 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 
+from actors.contract import ConfigError
+from pipelines.corpus import publish as publish_module
 from pipelines.corpus import schema
 from pipelines.corpus.card import write_card
 from pipelines.corpus.commit import unit_facts, write_unit
+from pipelines.corpus.parquet import Damaged
 from pipelines.corpus.publish import OutputConfig, Published, publish
 from pipelines.corpus.shards import BadShard
 from pipelines.corpus.state import read_state
@@ -555,10 +558,43 @@ def test_a_publisher_that_read_a_unit_before_it_was_made_again_agrees_with_one_t
     check_exactly_once(output, rows_of(shard))
 
 
+def test_a_damaged_unit_that_cannot_be_deleted_is_told_and_not_made_again_for_ever(
+    output: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = commit_units(output, SHARD)
+    _truncate(output, units[1])
+    monkeypatch.setattr(Storage, "delete", lambda self, paths: None)  # as of a store that answers 200 with errors in it
+    with pytest.raises(ConfigError, match=rf"{units[1].path} is damaged and cannot be deleted"):
+        publish(output, CONFIG)
+
+
+def test_any_bit_of_a_unit_that_is_flipped_is_damage_or_changes_nothing(local_output: Storage) -> None:
+    (unit,) = commit_units(local_output, OTHER, quarantined=[1])
+    whole = local_output.read(unit.path)
+    facts, rows = unit_facts(local_output, unit, len(whole)), publish_module._read_unit(local_output, unit)
+    path, draw, found = Path(local_output.path(unit.path)), random.Random(0), Counter[str]()
+    for place in range(0, len(whole), 11):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :])
+        try:
+            assert unit_facts(local_output, unit, len(whole)) == facts
+        except Damaged:
+            found["footer"] += 1
+        try:
+            assert publish_module._read_unit(local_output, unit).equals(rows)
+        except publish_module._DamagedUnit:
+            found["file"] += 1
+        except MemoryError:  # asked for by a size that is flipped: a full memory is no damage, and the job ends loudly
+            found["memory"] += 1
+    assert found["file"] > found["footer"] > 100
+    assert found["memory"] < 10
+
+
 def test_a_changed_letter_that_only_a_page_checksum_can_tell_is_damage(local_output: Storage, tmp_path: Path) -> None:
     (unit,) = commit_units(local_output, OTHER)
     table = read_rows_of(local_output, unit.path)
     plain = write_shard(tmp_path / "plain", table, compression="none", use_dictionary=False, write_page_checksum=True)
+    local_output.put(unit.path, plain.read_bytes())
+    assert publish_module._read_unit(local_output, unit).num_rows == 4
     local_output.put(unit.path, plain.read_bytes().replace(b"v1 of 2", b"v1 of 7"))
     assert publish(local_output, CONFIG).lost == (unit,)
 
