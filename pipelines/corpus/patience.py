@@ -107,6 +107,10 @@ class PatientFileSystem:
         reason = f"{doing}: {_line(error)}"
         if isinstance(error, NotADirectoryError):
             raise ConfigError(f"{self._url} is a file, or lies below one: name a folder ({doing})") from error
+        if answered(error)[1] == 412:  # s3fs reads on in the version that it began with
+            raise ConfigError(
+                f"{self._url}: {reason}; it was replaced meanwhile: run the same command again"
+            ) from error
         if _is_mistake(error, self.is_local):
             fix = "its rights" if self.is_local else "the bucket's name, the credentials and their rights"
             raise ConfigError(f"{self._url} refuses: {reason}; see to {fix}") from error

@@ -261,8 +261,11 @@ class Storage:
                     held = self.within(0)._holds(target, scratch)
                 if held is not None:
                     return held
-                if answered(error)[0] == "NoSuchUpload":  # which is made anew, unlike what else is not found
+                code, status = answered(error)
+                if code == "NoSuchUpload":  # which is made anew, unlike what else is not found
                     raise OSError("the store has forgotten the upload") from None
+                if status == 412 or isinstance(error, FileExistsError):  # there was one, ours perhaps: look again
+                    raise OSError("it is there already, and cannot be read") from None
                 if isinstance(error, FileNotFoundError):
                     raise ConfigError(f"{self.url} cannot be written: there is no such bucket") from error
                 raise  # neither ours nor another's: the put itself failed
@@ -281,12 +284,12 @@ class Storage:
         try:
             if self.fs.info(target)["size"] != scratch.stat().st_size:
                 return False
+            with self.fs.open(target) as found, scratch.open("rb") as ours:
+                while chunk := ours.read(COMPARED_AT_ONCE):
+                    if found.read(COMPARED_AT_ONCE) != chunk:
+                        return False
         except FileNotFoundError:
             return None
-        with self.fs.open(target) as found, scratch.open("rb") as ours:
-            while chunk := ours.read(COMPARED_AT_ONCE):
-                if found.read(COMPARED_AT_ONCE) != chunk:
-                    return False
         return True
 
 

@@ -95,6 +95,11 @@ def test_a_mistake_is_told_at_once_in_one_line(error: Exception, slept: list[flo
     assert not slept
 
 
+def test_an_object_that_is_replaced_while_it_is_read_is_no_matter_of_rights(slept: list[float]) -> None:
+    with pytest.raises(ConfigError, match=r"it was replaced meanwhile: run the same command again$"):
+        PatientFileSystem(Fake(answered("PreconditionFailed", 412)), "s3://b", 60).info("x")
+
+
 @pytest.mark.parametrize("error", [FileNotFoundError("x"), answered("NoSuchKey", 404), TypeError("a bug")], ids=repr)
 def test_what_is_no_failure_of_the_store_passes_through(error: Exception, slept: list[float]) -> None:
     with pytest.raises(type(error)) as raised:

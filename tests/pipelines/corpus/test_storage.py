@@ -300,6 +300,36 @@ def test_a_put_that_arrives_after_it_was_given_up_still_counts_as_ours(
     assert len(tries) == 2
 
 
+class _Precondition(Exception):
+    """As botocore raises it; s3fs makes an OSError, or of AWS's answer a FileExistsError, of it."""
+
+    response = {"Error": {"Code": "PreconditionFailed"}, "ResponseMetadata": {"HTTPStatusCode": 412}}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("refusal", [OSError(22, "Invalid Argument"), FileExistsError("it is there")], ids=repr)
+@pytest.mark.parametrize("ends_in", ["info", "open"])
+def test_a_refused_put_whose_object_cannot_be_read_at_first_is_looked_at_again(
+    s3_output: Storage, monkeypatch: pytest.MonkeyPatch, refusal: Exception, ends_in: str
+) -> None:
+    """The store was asked twice, by its client; the first answer was lost, and it is out when we look, or clears up."""
+    s3_output.create("units/a", b"ours")
+    failures: list[Exception] = [FileNotFoundError("gone"), ConnectionResetError("out")]
+    real = getattr(s3_output.fs.raw, ends_in)
+
+    def out(*args: Any, **kwargs: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return real(*args, **kwargs)
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise refusal from _Precondition()
+
+    monkeypatch.setattr(s3_output.fs.raw, "put_file", refused)
+    monkeypatch.setattr(s3_output.fs.raw, ends_in, out)
+    assert s3_output.create("units/a", b"ours")
+    assert not failures
+
+
 def test_wrong_credentials_are_a_mistake_and_not_a_lost_race(
     s3_output: Storage, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
