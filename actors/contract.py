@@ -168,7 +168,10 @@ class TransientError(Exception):
 
 # --- secrets --------------------------------------------------------------------------------------------------------
 
-_SECRET = re.compile(r"(^|_)(secret|password|passwd|token|key|credentials?|sas|connection_string)(_|$)", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(^|_)(secret|password|passwd|token|key|credentials?|authorization|sas|connection_string)(_|$)", re.IGNORECASE
+)
+_BETWEEN_WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|[-. ]")
 _USER_IN_URL = re.compile(
     r"://[^/@\s:]+:[^/@\s]+@|[?&](sig|signature|x-amz-signature|x-goog-signature|token)=", re.IGNORECASE
 )
@@ -182,7 +185,7 @@ def refuse_secrets(name: str, value: Any) -> None:
     where = "put them where the file system looks for them, such as AWS_SECRET_ACCESS_KEY or a role of the node"
     if isinstance(value, dict):
         for key, item in value.items():
-            if _SECRET.search(str(key)) and item not in (None, False, True):
+            if _SECRET.search(_BETWEEN_WORDS.sub("_", str(key))) and item not in (None, False, True):
                 raise ConfigError(
                     f"{name}.{key}: secrets do not go into a config, which is kept with the output; {where}"
                 )

@@ -144,6 +144,10 @@ def test_secrets_are_refused(name: str) -> None:
         lambda: OutputConfig(root="s3://me:hunter2@bucket/out"),
         lambda: PolicyConfig(model="m", engine="vllm", engine_kwargs={"hf_token": "hunter2"}),
         lambda: PolicyConfig(model="s3://b/m", model_storage_options={"secret": "hunter2"}),
+        lambda: SiteConfig(storage_options={"s3_additional_kwargs": {"SSECustomerKey": "hunter2"}}),
+        lambda: SiteConfig(storage_options={"accountKey": "hunter2"}),
+        lambda: SiteConfig(storage_options={"client_kwargs": {"headers": {"X-Api-Key": "hunter2"}}}),
+        lambda: SiteConfig(storage_options={"client_kwargs": {"headers": {"Authorization": "hunter2"}}}),
     ],
 )
 def test_secrets_are_refused_wherever_they_hide_and_are_not_repeated(make: Callable[[], object]) -> None:
