@@ -57,7 +57,8 @@ class Note:
         """Undo `as_json`; None where it is none of a unit of so many rows, as one that a person has edited."""
         try:
             kills = {int(row): int(count) for row, count in value["kills"].items()}
-            note = cls(tuple(map(tuple, value["groups"])), bool(value["running"]), kills, int(value["num_proofs"]))
+            groups = tuple(tuple(map(int, group)) for group in value["groups"])
+            note = cls(groups, bool(value["running"]), kills, int(value["num_proofs"]))
         except (AttributeError, KeyError, TypeError, ValueError):
             return None
         rows = sorted(row for group in note.groups for row in group)

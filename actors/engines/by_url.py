@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,8 +18,10 @@ from actors.engines.base import EngineConfig
 
 Config = TypeVar("Config", bound=EngineConfig)
 
-LEFT_OUT = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".py")
-"""Files that are never fetched: code, and weights in formats that are not loaded, pickles among them."""
+FETCHED = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
+"""Files of a model: weights, configs, tokenizers and templates. Others are not fetched, code and pickles least."""
+RETRY_S = 60.0
+"""Seconds for which a store that is out is asked again."""
 AT_ONCE = 16 << 20
 ADAPTER = "adapter_config.json"
 """What an adapter's folder (peft) has in place of config.json."""
@@ -68,11 +71,15 @@ def _copied(config: Config, suffix: str, copy: Callable[[Any, str, Path, int], N
 
     def copied(part: Path) -> None:
         found = _listing(config)
+        changed = ConfigError(f"the model at {config.model} has changed since this run began; run again")
         if _digest(found) != config.revision:
-            raise ConfigError(f"the model at {config.model} has changed since this run began; run again")
+            raise changed
         fs, root = _opened(config)
         for name, (size, _) in found.items():
-            _told(config, partial(copy, fs, f"{root}/{name}", part / name, size))
+            try:
+                _told(config, partial(copy, fs, f"{root}/{name}", part / name, size))
+            except FileNotFoundError:
+                raise changed from None
 
     return replace(config, model=str(made_once(name, copied)), revision=None)
 
@@ -129,7 +136,7 @@ def _listing(config: EngineConfig) -> dict[str, tuple[int, str]]:
     return {
         name: (int(entry["size"]), str(entry.get("ETag") or entry.get("etag") or entry.get("mtime") or ""))
         for name, entry in sorted(files.items())
-        if name and not name.startswith(".") and not name.endswith(LEFT_OUT)
+        if not name.startswith(".") and name.endswith(FETCHED)
     }
 
 
@@ -149,13 +156,18 @@ Result = TypeVar("Result")
 
 
 def _told(config: EngineConfig, call: Callable[[], Result]) -> Result:
-    """call(), its errors told as a mistake or as an outage of the store; FileNotFoundError stays."""
-    try:
-        return call()
-    except (FileNotFoundError, ConfigError):
-        raise
-    except Exception as error:  # what clients of stores raise has no common type
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-            raise ConfigError(f"model {config.model}: the store refuses: {reason}") from error
-        raise TransientError(f"model {config.model} cannot be fetched: {reason}") from error
+    """call(), again while the store is out, its errors told as a mistake or as an outage; FileNotFoundError stays."""
+    given_up_at, wait_s = time.monotonic() + RETRY_S, 0.5
+    while True:
+        try:
+            return call()
+        except (FileNotFoundError, ConfigError):
+            raise
+        except Exception as error:  # what clients of stores raise has no common type
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+                raise ConfigError(f"model {config.model}: the store refuses: {reason}") from error
+            if time.monotonic() + wait_s > given_up_at:
+                raise TransientError(f"model {config.model} cannot be fetched: {reason}") from error
+        time.sleep(wait_s)
+        wait_s = min(2 * wait_s, 5.0)

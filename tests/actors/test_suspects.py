@@ -220,3 +220,8 @@ def test_every_death_parts_the_rows_further_until_none_that_kills_is_left(num_ro
         num_deaths += 1
     assert note.kills == dict.fromkeys(range(num_rows), 3)
     assert num_deaths == 3 * num_rows + num_rows - 1
+
+
+@pytest.mark.parametrize("groups", [[[1, "a"]], [[[0]], [1]], [0, 1], None, [[0], [0, 1]]])
+def test_a_note_that_a_person_has_edited_is_none(groups: Any) -> None:
+    assert Note.parse({**Note.of(2).as_json(), "groups": groups}, 2) is None

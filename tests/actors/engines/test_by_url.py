@@ -27,7 +27,7 @@ def stored(llama_folder: Path, s3_endpoint: str, tmp_path: Path, monkeypatch: py
     fs, root = fsspec.core.url_to_fs(url, **options)
     for path in llama_folder.iterdir():
         fs.pipe_file(f"{root}/{path.name}", path.read_bytes())
-    for name in ("pytorch_model.bin", "modeling_tiny.py", "optimizer.pt", "sub/model.safetensors"):
+    for name in ("pytorch_model.bin", "modeling_tiny.py", "optimizer.PT", "x.joblib", "x.so", "sub/model.safetensors"):
         fs.pipe_file(f"{root}/{name}", b"not to be fetched")
     return EngineConfig(model=url, model_storage_options=options, dtype="float32")
 
@@ -83,14 +83,42 @@ def test_what_is_no_model_is_refused(stored: EngineConfig) -> None:
             pinned(EngineConfig(model=url, model_storage_options=stored.model_storage_options), "policy")
 
 
-def test_a_store_that_is_out_is_an_outage(stored: EngineConfig) -> None:
+def test_a_store_that_is_out_is_an_outage(stored: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_url, "RETRY_S", 0)
     away = {"endpoint_url": "http://127.0.0.1:9", "config_kwargs": {"retries": {"max_attempts": 0}}}
     with pytest.raises(TransientError, match="cannot be fetched"):
         pinned(EngineConfig(model=stored.model, model_storage_options=away), "policy")
 
 
+def test_an_outage_in_the_middle_is_waited_out(stored: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = pinned(stored, "policy")
+    copy, failures = by_url._copy, [OSError("reset"), TimeoutError()]
+
+    def flaky(*arguments: Any) -> None:
+        if failures:
+            raise failures.pop()
+        copy(*arguments)
+
+    monkeypatch.setattr(by_url, "_copy", flaky)
+    monkeypatch.setattr(by_url.time, "sleep", lambda seconds: None)
+    assert (Path(on_this_node(config).model) / "config.json").is_file()
+    assert not failures
+
+
+def test_a_file_that_goes_while_it_is_copied_is_told(stored: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = pinned(stored, "policy")
+
+    def gone(*arguments: Any) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(by_url, "_copy", gone)
+    with pytest.raises(ConfigError, match="has changed since this run began"):
+        on_this_node(config)
+
+
 def test_half_a_file_never_becomes_a_model(stored: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = pinned(stored, "policy")
+    monkeypatch.setattr(by_url, "RETRY_S", 0)
 
     def half(source: Any, target: Any, length: int) -> None:
         target.write(source.read(10))
