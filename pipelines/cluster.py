@@ -6,6 +6,8 @@ import math
 import os
 import re
 import signal
+import socket
+import time
 import warnings
 from collections.abc import Iterator
 
@@ -14,6 +16,9 @@ import ray.data
 from ray._private import ray_constants
 
 from actors.contract import ConfigError, TransientError
+
+ANSWER_S = 10.0
+"""Seconds within which something must listen at a cluster's address."""
 
 
 def named_cluster(address: str | None) -> str | None:
@@ -48,6 +53,7 @@ def join_or_start(address: str | None, num_cpus: float) -> None:
             raise TransientError("Ray did not start here in time: this machine has too much else to do") from error
     else:
         try:
+            _await_listener(cluster)
             ray.init(address=cluster, logging_level=logging.ERROR)
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:  # a wrong token is a ConnectionError too
             raise ConfigError(
@@ -56,6 +62,22 @@ def join_or_start(address: str | None, num_cpus: float) -> None:
                 "`ray get-auth-token` prints on its head"
             ) from error
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there, which exits with 15
+
+
+def _await_listener(cluster: str) -> None:
+    """Raise ConnectionError where nothing listens at `host:port`: Ray would go on asking for a quarter of an hour."""
+    host, _, port = cluster.rpartition("://")[2].rpartition(":")
+    if not port.isdigit():  # `auto`, which Ray looks up
+        return
+    given_up_at = time.monotonic() + ANSWER_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() + 0.5 > given_up_at:
+                raise ConnectionError(f"nothing listens at {cluster}") from error
+        time.sleep(0.5)
 
 
 def data_context(block_bytes: int) -> ray.data.DataContext:

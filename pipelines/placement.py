@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import ray
+from ray._private.accelerators import get_accelerator_manager_for_resource
 from ray._private.state import available_resources_per_node
 from ray.autoscaler.sdk import request_resources
 from ray.autoscaler.v2.utils import is_autoscaler_v2
@@ -172,6 +173,23 @@ def memory_refusal(pools: Mapping[str, PoolConfig], has: int) -> ConfigError | N
         f"{_gib(in_all)} ({'; '.join(asked)}; weights that replicas share: {_gib(once)}). Lower replicas, or name a "
         "cluster (site.ray_address or RAY_ADDRESS)"
     )
+
+
+def gpu_refusal(pools: Mapping[str, PoolConfig], has: int) -> ConfigError | None:
+    """The error for pools that need more GPUs than a machine `has`; None where they fit."""
+    asked = [f"{name}: {pool.replicas} x {pool.num_gpus}" for name, pool in pools.items() if pool.num_gpus]
+    in_all = sum(pool.replicas * pool.num_gpus for pool in pools.values())
+    if in_all <= has:
+        return None
+    return ConfigError(
+        f"the pools need {in_all} GPUs ({'; '.join(asked)}), and this machine has {has}. Lower replicas, set "
+        "num_gpus=0 and tensor_parallel_size=1 to run on CPUs, or name a cluster (site.ray_address or RAY_ADDRESS)"
+    )
+
+
+def num_gpus_here() -> int:
+    """GPUs that a Ray started on this machine would have."""
+    return int(get_accelerator_manager_for_resource("GPU").get_current_node_num_accelerators())
 
 
 def _gib(num_bytes: int) -> str:

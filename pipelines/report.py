@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from actors.candidates import as_messages, split_reasoning
 from actors.contract import RowError
-from actors.engines.base import Messages
+from actors.engines.base import OPENAI, Messages
 from actors.engines.footprint import footprint
 from actors.policy import policy_prompt
 from actors.pool import PoolConfig
@@ -39,20 +39,34 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def count(number: int, noun: str) -> str:
+    """`1 unit`, `2 units`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def print_bad_shards(plan: Plan, advice: str) -> None:
     for shard in plan.bad_shards:
         say(f"error: shard {shard.path}: {shard.reason}")
     say(f"error: nothing was done; {advice}")
 
 
-def print_throughput(totals: dict[str, PoolTotals], tally: Tally, seconds: float, *, is_aligning: bool) -> None:
-    """Rows and tokens per second of each pool, over the whole of the job, start-up included; and what aligning did."""
+def print_throughput(
+    totals: dict[str, PoolTotals], tally: Tally, seconds: float, *, startup_s: float = 0.0, is_aligning: bool
+) -> None:
+    """Rows and tokens per second of each pool, from when all engines were up; and what aligning did.
+
+    Args:
+        seconds: of the whole job.
+        startup_s: of these, until every pool had an engine.
+    """
+    running_s = max(seconds - startup_s, 1e-9)
     for name, pool in totals.items():
-        tokens = f", {pool.num_tokens / seconds:.0f} tokens/s" if pool.has_tokens else ""
-        print(f"{name}: {pool.num_rows / seconds:.2f} rows/s{tokens}")
+        tokens = f", {pool.num_tokens / running_s:.0f} tokens/s" if pool.has_tokens else ""
+        print(f"{name}: {pool.num_rows / running_s:.2f} rows/s{tokens}")
     changed = tally.num_changed / tally.num_candidates if tally.num_candidates else 0.0
     told = f"; {changed:.1%} of answers changed" if is_aligning else ""
-    print(f"made: {tally.num_units} units, {tally.num_rows} rows in {seconds:.1f} s{told}")
+    startup = f" ({startup_s:.1f} s of them start-up)" if startup_s else ""
+    print(f"made: {count(tally.num_units, 'unit')}, {count(tally.num_rows, 'row')} in {seconds:.1f} s{startup}{told}")
     if is_aligning and tally.iterations:
         _print_decoding(tally)
 
@@ -70,7 +84,7 @@ def _print_decoding(tally: Tally) -> None:
         power = 1 << (number - 1).bit_length()
         answers[(number, number) if number <= EACH else (power // 2 + 1, power)] += count
     bins = [
-        f"{low}: {count}" if low == high else f"{low}-{high}: {count}" for (low, high), count in sorted(answers.items())
+        f"{number} in {low}" + (f"-{high}" if high > low else "") for (low, high), number in sorted(answers.items())
     ]
     print(f"aligner: answers by forward passes: {', '.join(bins)}")
 
@@ -172,17 +186,20 @@ def print_dry_run(
         nodes: lines that say what would run where.
     """
     print(
-        f"input: {plan.num_shards} shards, {plan.num_finished} of them published before; {plan.num_done_rows} rows done"
+        f"input: {count(plan.num_shards, 'shard')}, {plan.num_finished} of them finished; "
+        f"{count(plan.num_done_rows, 'row')} done"
     )
-    print(f"to do: {plan.num_units} units, {plan.num_rows} rows, in {len(plan.spans)} row groups")
+    units, rows = count(plan.num_units, "unit"), count(plan.num_rows, "row")
+    print(f"to do: {units}, {rows}, in {count(len(plan.spans), 'row group')}")
     for shard in plan.bad_shards:
         print(f"bad shard: {shard.path}: {shard.reason}")
     known = pace if pace and pace["digest"] == made_of else None
-    rows = estimate.sample(source, config.input, plan) if isinstance(config, AlignCorpusConfig) else []
+    sampled = estimate.sample(source, config.input, plan) if isinstance(config, AlignCorpusConfig) else []
     for name, pool in pools(config).items():
         each = f"{pool.num_gpus} GPUs, {pool.num_cpus:g} CPUs each"
         grows = f" to {pool.most_replicas}" if pool.most_replicas > pool.replicas else ""
-        print(f"{name}: {pool.replicas}{grows} x {pool.engine} {pool.model} ({each})")
+        at = f" at {pool.base_url or OPENAI}" if pool.engine == "openai" else ""
+        print(f"{name}: {pool.replicas}{grows} x {pool.engine} {pool.model}{at} ({each})")
         if pool.engine in ("stored", "rules"):
             continue
         if name in rewards(config):
@@ -190,7 +207,7 @@ def print_dry_run(
                 print(f"{name}: memory per rank: {_size(found.weight_bytes)} weights")
             continue
         assert isinstance(config, AlignCorpusConfig)
-        tokens = estimate.tokens(config, name, rows, plan.num_rows)
+        tokens = estimate.tokens(config, name, sampled, plan.num_rows)
         if pool.engine != "openai":
             print(f"{name}: {_memory(pool, tokens)}")
         if plan.num_rows:

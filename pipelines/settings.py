@@ -1,5 +1,6 @@
 """Every key of the jobs that make and score a corpus, put together from the sections that the layers own."""
 
+import hashlib
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -233,7 +234,8 @@ def notes(config: JobConfig) -> list[str]:
 
 
 def code_version() -> str:
-    """The commit of this checkout, with `+changes` where it differs; the release where it is not a checkout."""
+    """The commit of this checkout, with `+changes` where it differs; where it is none, as on a cluster that `ray job
+    submit` sent it to, the release and a digest of its code."""
     folder = Path(__file__).resolve().parents[1]
     try:
         found = subprocess.run(
@@ -241,5 +243,8 @@ def code_version() -> str:
             cwd=folder, capture_output=True, text=True, check=True, timeout=10,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
-        return VERSION
+        code = hashlib.sha256()
+        for path in sorted(path for part in ("actors", "pipelines") for path in (folder / part).rglob("*.py")):
+            code.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+        return f"{VERSION}+code.{code.hexdigest()[:12]}"
     return found.stdout.strip()

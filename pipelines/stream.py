@@ -1,5 +1,6 @@
 """A job's data flow on Ray: units are read, answered, aligned, scored and committed, all at the same time."""
 
+import os
 import time
 import warnings
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from ray.data.context import AutoscalingConfig
 
 from actors.aligner import AlignerStage
 from actors.board import Board
+from actors.contract import ConfigError
+from actors.engines.footprint import refuse_unsplittable
 from actors.policy import PolicyStage
 from actors.pool import add_pool, planned
 from actors.reward import RewardStage
@@ -28,7 +31,7 @@ from pipelines.corpus.runs import write_pace
 from pipelines.corpus.shards import Input
 from pipelines.corpus.storage import Storage
 from pipelines.corpus.tasks import Tasks, grouped
-from pipelines.placement import Need, memory_refusal, node_ids, told, wait_until_placeable
+from pipelines.placement import Need, gpu_refusal, memory_refusal, node_ids, num_gpus_here, told, wait_until_placeable
 from pipelines.progress import Tally, read_board, shown
 from pipelines.settings import AlignCorpusConfig, JobConfig, pools, rewards
 
@@ -92,12 +95,15 @@ def stream(config: JobConfig, source: Input, output: Storage, plan: Plan, run: i
             for row in committed.iter_rows():
                 tally.add(row)
         except KeyboardInterrupt:
-            report.say(f"committed until now: {tally.num_units} units, {tally.num_rows} of {plan.num_rows} rows")
+            done = report.count(tally.num_units, "unit")
+            report.say(f"committed until now: at least {done}, {tally.num_rows} of {plan.num_rows} rows")
             raise
     notes.forget_done()
     found, running_s, seconds = read_board(board), ray.get(board.running_s.remote()), time.monotonic() - started
     totals = {name: found[name] for name in asks if name in found}
-    report.print_throughput(totals, tally, seconds, is_aligning=isinstance(config, AlignCorpusConfig))
+    startup_s = max(0.0, seconds - running_s) if running_s else 0.0
+    is_aligning = isinstance(config, AlignCorpusConfig)
+    report.print_throughput(totals, tally, seconds, startup_s=startup_s, is_aligning=is_aligning)
     if running_s and totals.keys() == asks.keys():  # or the board was lost on the way, with what it knew
         each = {
             name: {
@@ -106,7 +112,7 @@ def stream(config: JobConfig, source: Input, output: Storage, plan: Plan, run: i
             }
             for name, pool in pools(config).items()
         }
-        took = {"num_rows": tally.num_rows, "seconds": seconds, "startup_s": max(0.0, seconds - running_s)}
+        took = {"num_rows": tally.num_rows, "seconds": seconds, "startup_s": startup_s}
         write_pace(output, run, {"digest": made_of, **took, "pools": each})
 
 
@@ -190,19 +196,30 @@ def connect(config: JobConfig) -> None:
 
     Raises ConfigError where they never will, and TransientError where the nodes for them did not come in time.
     """
-    refuse_beyond_memory(config)
+    refuse_hopeless(config)
     join_or_start(config.site.ray_address, sum(need.count * need.cpus for need in needs(config)))
     wait_until_placeable(
         needs(config), config.run.wait_for_resources_s, say_every_s=config.site.log_every_s, announce=report.say
     )
 
 
-def refuse_beyond_memory(config: JobConfig) -> None:
-    """Where the job starts Ray itself CPUs are no limit, but memory is. Raises ConfigError when it cannot do."""
-    if named_cluster(config.site.ray_address) is None:
-        error = memory_refusal(pools(config), get_system_memory())
-        if error is not None:
-            raise error
+def refuse_hopeless(config: JobConfig) -> None:
+    """Raise ConfigError for what can be seen from here not to work, before minutes are spent on engines that start.
+
+    Where the job starts Ray itself CPUs are no limit, but memory, GPUs and the keys of endpoints are this machine's.
+    """
+    for name, pool in pools(config).items():
+        refuse_unsplittable(pool, name)
+    if named_cluster(config.site.ray_address) is not None:
+        return
+    error = memory_refusal(pools(config), get_system_memory()) or gpu_refusal(pools(config), num_gpus_here())
+    if error is not None:
+        raise error
+    for name, pool in pools(config).items():
+        if pool.engine == "openai" and pool.base_url is None and not os.environ.get(pool.api_key_env, "").strip():
+            raise ConfigError(
+                f"{name}: the environment variable {pool.api_key_env} is not set; it must hold the API key"
+            )
 
 
 def nodes_told(config: JobConfig) -> list[str]:
@@ -210,7 +227,7 @@ def nodes_told(config: JobConfig) -> list[str]:
 
     Raises ConfigError where that would be refused at once.
     """
-    refuse_beyond_memory(config)
+    refuse_hopeless(config)
     if named_cluster(config.site.ray_address) is None:
         return ["nodes: not looked at, as no cluster is named (site.ray_address or RAY_ADDRESS)"]
     join_or_start(config.site.ray_address, 0)

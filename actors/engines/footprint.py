@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from actors.contract import ConfigError
 from actors.engines.base import EngineConfig
 from actors.engines.by_url import described
 from actors.engines.identity import base_of, safetensors_header
@@ -64,6 +65,20 @@ def footprint(config: EngineConfig) -> Footprint | None:
     heads = _kv_heads(text, tensors)
     token_bytes = heads and 2 * text.num_hidden_layers * max(1, heads // ranks) * _head_dim(text) * width
     return Footprint(weight_bytes, token_bytes, _max_len(config, text))
+
+
+def refuse_unsplittable(config: EngineConfig, name: str) -> None:
+    """Raise ConfigError, naming pool `name`, where the heads of its model cannot be shared out to its ranks: what the
+    engines find out only once they start. Nothing is refused of a model that is not known here."""
+    ranks = config.tensor_parallel_size
+    found = _headers(config) if ranks > 1 else None
+    text = _text_config(found[0]) if found else None
+    heads = getattr(text, "num_attention_heads", None)
+    if isinstance(heads, int) and heads % ranks:
+        raise ConfigError(
+            f"{name}.tensor_parallel_size is {ranks}, which does not divide the {heads} attention heads of "
+            f"{config.model}"
+        )
 
 
 def weights_on_cpu(config: EngineConfig) -> tuple[int, int]:

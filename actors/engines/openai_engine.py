@@ -171,7 +171,11 @@ class OpenAIEngine:
             raise ConfigError(f"{self._host} {what} (status {status})") from None
         if status == 404:
             model = self._config.model
-            raise ConfigError(f"{self._host} knows no model {model!r} or no such path: {message}") from None
+            path = urlsplit(str(self._client.base_url)).path
+            raise ConfigError(
+                f"{self._host} knows no model {model!r}, or serves no API below {path} (base_url ends in /v1, mostly): "
+                f"{message}"
+            ) from None
         unsupported = error.code in ("unsupported_parameter", "unsupported_value", "unknown_parameter")
         if unsupported or error.param in SETTINGS:
             raise ConfigError(f"{self._host} refuses the settings: {message}") from None

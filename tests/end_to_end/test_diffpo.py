@@ -92,4 +92,4 @@ def test_what_the_decoder_took_is_recorded_and_summed_up(denoised: Denoised) -> 
     mean = sum(each["num_tokens"] for each in made) / sum(each["iterations"] for each in made)
     assert f"\naligner: {mean:.2f} tokens per forward pass and answer, " in denoised.completed.stdout
     (bins,) = re.findall(r"^aligner: answers by forward passes: (.*)$", denoised.completed.stdout, re.MULTILINE)
-    assert sum(int(part.partition(": ")[2]) for part in bins.split(", ")) == 36
+    assert sum(int(part.partition(" in ")[0]) for part in bins.split(", ")) == 36

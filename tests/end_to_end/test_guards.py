@@ -76,8 +76,30 @@ def hanging(started: Hanging) -> Iterator[Hanging]:
             "max_iterations=6 needs engine=torch: vllm can only decode until nothing changes; set max_iterations to",
         ),
         (["policy.replicas=100000"], "the pools do not fit into this machine's memory of "),
+        (
+            ["policy.num_gpus=512", "policy.tensor_parallel_size=512", "policy.engine=vllm"],
+            "policy.tensor_parallel_size is 512, which does not divide the 4 attention heads of ",
+        ),
+        (
+            ["policy.replicas=100", "policy.num_gpus=1", "--dry-run"],
+            "the pools need 100 GPUs (policy: 100 x 1), and this",
+        ),
+        (
+            ["policy=openai", "policy.model=m", "policy.api_key_env=NO_KEY", "--dry-run"],
+            "policy: the environment variable",
+        ),
     ],
-    ids=["unknown-key", "mistyped-value", "missing-model", "missing-input", "iterations-in-vllm", "no-memory"],
+    ids=[
+        "unknown-key",
+        "mistyped-value",
+        "missing-model",
+        "missing-input",
+        "iterations-in-vllm",
+        "no-memory",
+        "no-split",
+        "no-gpus",
+        "no-key",
+    ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
     arguments: list[str], message: str, job: list[str], lone_command_line: CommandLine, tmp_path: Path

@@ -174,7 +174,7 @@ def test_another_reward_is_refused_with_both_values(runs: Runs, lone_command_lin
 def test_a_dry_run_shows_the_reward_pools(runs: Runs, lone_command_line: CommandLine) -> None:
     arguments = [f"input.path={runs.plain}", f"output.root={runs.scored}-new", *REWARDS, "rewards.0.replicas=2"]
     completed = score(lone_command_line, *arguments, "--dry-run").expect(0)
-    assert "to do: 1 units, 9 rows" in completed.stdout
+    assert "to do: 1 unit, 9 rows" in completed.stdout
     assert "reward: 1 x rules rules (0 GPUs, 0.5 CPUs each)" in completed.stdout
     assert "reward_2: 2 x rules words (0 GPUs, 0.5 CPUs each)" in completed.stdout
 

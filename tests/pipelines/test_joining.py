@@ -1,9 +1,13 @@
 """Joining a cluster: a Ray that does not start, and what the driver makes of an error that came through it."""
 
+import socket
+import time
+
 import pytest
 from ray.exceptions import RayTaskError, UserCodeException
 
 from actors.contract import ConfigError, TransientError
+from pipelines import cluster
 from pipelines.cluster import join_or_start, told_by
 
 TRACE = """ray::MapWorker(MapBatches(PolicyStage)).submit() (pid=1, ip=127.0.0.1)
@@ -46,3 +50,20 @@ def test_a_ray_that_does_not_start_in_time_is_an_outage_and_anything_else_ours(m
     fails("something else")
     with pytest.raises(Exception, match="something else"):
         join_or_start("local", 1)
+
+
+def test_an_address_at_which_nothing_listens_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "ANSWER_S", 1.0)
+    with socket.socket() as taken:  # bound, and not listening
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        begun = time.monotonic()
+        with pytest.raises(ConfigError, match=f"no Ray cluster at {address} "):
+            join_or_start(address, 1)
+        assert 0.4 < time.monotonic() - begun < 10  # a head that starts again is given a moment
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        for form in ("127.0.0.1:{}", "ray://127.0.0.1:{}", "[::ffff:127.0.0.1]:{}"):
+            cluster._await_listener(form.format(listener.getsockname()[1]))
+    cluster._await_listener("auto")

@@ -8,7 +8,9 @@ from random import Random
 import pytest
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
+from actors.aligner import AlignerConfig
 from actors.contract import ConfigError, TransientError
+from actors.policy import PolicyConfig
 from pipelines import placement
 from pipelines.config import compose
 from pipelines.placement import (
@@ -16,6 +18,7 @@ from pipelines.placement import (
     Need,
     Node,
     fit,
+    gpu_refusal,
     left_over,
     memory_refusal,
     node_ids,
@@ -230,3 +233,15 @@ def test_engines_on_cpus_are_held_against_the_memory_that_their_weights_and_proc
     assert refused(3 * 4.25 + 2.49, "policy.engine=vllm"), "which copies what it loads"
     assert refused(2.5, "policy.num_gpus=1") is None, "a GPU's memory is another"
     assert refused(2.5, "policy=openai", "policy.model=m") is None
+
+
+def test_without_a_cluster_pools_are_held_against_this_machines_gpus() -> None:
+    two, four = (
+        PolicyConfig(model="m", replicas=2, num_gpus=1),
+        AlignerConfig(model="m", num_gpus=4, tensor_parallel_size=4),
+    )
+    assert gpu_refusal({"policy": two, "aligner": four}, 6) is None
+    assert gpu_refusal({"policy": PolicyConfig(model="m")}, 0) is None
+    assert str(gpu_refusal({"policy": two, "aligner": four}, 5)).startswith(
+        "the pools need 6 GPUs (policy: 2 x 1; aligner: 1 x 4), and this machine has 5. "
+    )

@@ -110,11 +110,11 @@ def test_at_the_end_it_is_told_how_far_a_forward_pass_came(capsys: pytest.Captur
     tally = Tally()
     tally.add(report(iterations=[2, 2, 8], tokens=30, accepted=20))
     tally.add(report(iterations=[1, 9, 16, 17, 65], tokens=150, accepted=95))
-    print_throughput({}, tally, seconds=2.0, is_aligning=True)
+    print_throughput({}, tally, seconds=2.0, startup_s=0.5, is_aligning=True)
     assert capsys.readouterr().out.splitlines() == [
-        "made: 2 units, 8 rows in 2.0 s; 75.0% of answers changed",
+        "made: 2 units, 8 rows in 2.0 s (0.5 s of them start-up); 75.0% of answers changed",
         "aligner: 1.50 tokens per forward pass and answer, 63.9% of them accepted guesses",
-        "aligner: answers by forward passes: 1: 1, 2: 2, 8: 1, 9-16: 2, 17-32: 1, 65-128: 1",
+        "aligner: answers by forward passes: 1 in 1, 2 in 2, 1 in 8, 2 in 9-16, 1 in 17-32, 1 in 65-128",
     ]
 
 
@@ -122,15 +122,15 @@ def test_where_one_token_is_made_at_a_time_nothing_is_told_of_passes(capsys: pyt
     tally = Tally()
     tally.add(report())
     print_throughput({}, tally, seconds=2.0, is_aligning=True)
-    assert capsys.readouterr().out == "made: 1 units, 4 rows in 2.0 s; 75.0% of answers changed\n"
+    assert capsys.readouterr().out == "made: 1 unit, 4 rows in 2.0 s; 75.0% of answers changed\n"
 
 
 def test_where_nothing_is_aligned_and_no_token_counted_neither_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     tally = Tally()
     tally.add(report(iterations=[2], tokens=6, accepted=4))  # as the corpus that is scored has it
     rules = {"reward": totals(4, 0)["policy"]}
-    print_throughput(rules, tally, seconds=2.0, is_aligning=False)
-    assert capsys.readouterr().out == "reward: 2.00 rows/s\nmade: 1 units, 4 rows in 2.0 s\n"
+    print_throughput(rules, tally, seconds=6.0, startup_s=4.0, is_aligning=False)
+    assert capsys.readouterr().out == "reward: 2.00 rows/s\nmade: 1 unit, 4 rows in 6.0 s (4.0 s of them start-up)\n"
     _lines(["reward"], 4, 30.0)(rules, tally, ended=True)
     line, _ = capsys.readouterr().err.splitlines()
     assert "tokens" not in line and "rows/s, 5 in flight" in line
