@@ -16,6 +16,7 @@ from actors.contract import ConfigError, RowError
 from actors.engines.base import Completion, Engine, EngineConfig, EngineStats, Request, settle
 
 STATS_EVERY_S = 0.5
+STDERR = 2
 EXIT_WAIT_S = 10.0
 
 _WATCH = """
@@ -55,6 +56,7 @@ class EngineProcess:
         self._child = subprocess.Popen(
             [sys.executable, "-c", f"from actors.engines.process import serve; serve({theirs.fileno()})"],
             pass_fds=[theirs.fileno()],
+            stdout=STDERR,  # what libraries print there is no result of the job
             env=environment,
         )
         theirs.close()  # so that the end of the child is the end of the pipe

@@ -1,6 +1,7 @@
 """The dataset card: README.md of the output root, with the YAML header that the Hub and `datasets` read."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -117,7 +118,8 @@ def card_configs(default: dict[str, Any], besides: dict[str, Any]) -> list[dict[
 
 
 def _cell(value: Any) -> str:
-    text = str(value).replace("|", "\\|").replace("\n", "⏎")
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)  # as one would type it
+    text = text.replace("|", "\\|").replace("\n", "⏎")
     return f"`{text[:200]}{'…' if len(text) > 200 else ''}`"
 
 

@@ -55,6 +55,8 @@ class Scripted:
             raise RowError("prompt_too_long", "too long")
         if "hang" in request.prompt:
             await asyncio.sleep(3600)
+        if "chatter" in request.prompt:
+            print("what a library prints", flush=True)
         if "bug" in request.prompt:
             if "threads" in request.prompt:
                 threading.Thread(target=time.sleep, args=(3600,)).start()  # which alone would keep the process alive
@@ -273,6 +275,14 @@ def test_an_engines_own_exception_is_a_death_not_a_row_error(starts: Path, capfd
     with pytest.raises(EngineDied, match="ended with 1"):
         asyncio.run(asyncio.wait_for(process.generate(Request("bug with threads", 0)), 20))
     assert "ZeroDivisionError: a bug of the engine" in capfd.readouterr().err
+
+
+def test_what_an_engine_prints_is_no_result(starts: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    engine = HostedEngine(Scripted, config_of(starts), 1)
+    asyncio.run(engine.generate(Request("chatter", 0)))
+    engine.close()
+    out, err = capfd.readouterr()
+    assert (out, "what a library prints" in err) == ("", True)
 
 
 def test_a_wrong_config_is_told_as_such(starts: Path) -> None:
