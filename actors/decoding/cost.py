@@ -53,7 +53,8 @@ class StepCost:
     @classmethod
     @torch.inference_mode()
     def measure(cls, forward: Forward, num_rows: int, block_size: int, max_positions: int) -> "StepCost":
-        """Time forwards of 1, 2, 4, … positions of one row, and of each of `num_rows` rows. Takes seconds at most.
+        """Time forwards of one row and of `num_rows` rows: of 1, 2, 4, … positions of each row, and of one row alone
+        beside a single position of all others, which attention lays out otherwise. Takes seconds at most.
 
         Nothing may be in the cache yet, and nothing is afterwards.
 
@@ -68,18 +69,26 @@ class StepCost:
             forward.cache.resize(rows, context + block_size, used=0)
             curve = table[rows] = {}
             for _ in range(SWEEPS):  # not one length after the other: what disturbs one point now spares it later
-                for q in (2**i for i in range(block_size.bit_length())):
-                    seconds = _seconds(forward, rows, q, context)
-                    curve[rows * q] = min(seconds, curve.get(rows * q, seconds))
-                    if q > 1 and (curve[rows * q] > FAR * curve[rows] or 2 * rows * q > STEP_TOKENS):
+                for widths in _shapes(rows, block_size):
+                    seconds, total = _seconds(forward, widths, context), sum(widths)
+                    curve[total] = min(seconds, curve.get(total, seconds))
+                    if total > rows and (curve[total] > FAR * curve[rows] or 2 * total > STEP_TOKENS):
                         break
         forward.cache.resize(0, 0, used=0)
         return cls(table)
 
 
-def _seconds(forward: Forward, rows: int, q: int, context: int) -> float:
+def _shapes(rows: int, block_size: int) -> list[list[int]]:
+    """Positions of each row in the forwards that are measured, fewest in all first."""
+    sizes = [2**i for i in range(block_size.bit_length())]
+    even = [[q] * rows for q in sizes]
+    alone = [[q] + [1] * (rows - 1) for q in sizes[1:]] if rows > 1 else []
+    return sorted([*even, *alone], key=sum)
+
+
+def _seconds(forward: Forward, widths: list[int], context: int) -> float:
     begin = time.perf_counter()
-    logits = forward(0, [[0] * q] * rows, [context] * rows, [q] * rows)
+    logits = forward(0, [[0] * width for width in widths], [context] * len(widths), widths)
     assert logits is not None
     greedy(logits).tolist()  # waits for the device
     return time.perf_counter() - begin
