@@ -74,7 +74,7 @@ def _await_listener(cluster: str) -> None:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
             return
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # of a host that can be none
             if time.monotonic() + 0.5 > given_up_at:
                 raise ConnectionError(f"nothing listens at {cluster}") from error
         time.sleep(0.5)

@@ -52,7 +52,7 @@ class CorpusJob(Job[JobConfig]):
 
     def print_dry_run(self, plan: Plan) -> None:
         made_of = digest(self.fingerprint(plan.kept_types))
-        nodes = nodes_told(self.config)
+        nodes = nodes_told(self.config) if plan.num_units else []
         report.print_dry_run(self.config, self.source, plan, made_of, latest_pace(self.output), nodes)
 
     def print_summary(self, plan: Plan, published: Published) -> None:

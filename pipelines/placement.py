@@ -188,8 +188,11 @@ def gpu_refusal(pools: Mapping[str, PoolConfig], has: int) -> ConfigError | None
 
 
 def num_gpus_here() -> int:
-    """GPUs that a Ray started on this machine would have."""
-    return int(get_accelerator_manager_for_resource("GPU").get_current_node_num_accelerators())
+    """GPUs of this machine that this process may use, and a Ray that it starts."""
+    manager = get_accelerator_manager_for_resource("GPU")
+    visible = manager.get_current_process_visible_accelerator_ids()
+    found = int(manager.get_current_node_num_accelerators())
+    return found if visible is None else min(found, len(visible))
 
 
 def _gib(num_bytes: int) -> str:

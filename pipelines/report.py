@@ -53,7 +53,8 @@ def print_bad_shards(plan: Plan, advice: str) -> None:
 def print_throughput(
     totals: dict[str, PoolTotals], tally: Tally, seconds: float, *, startup_s: float = 0.0, is_aligning: bool
 ) -> None:
-    """Rows and tokens per second of each pool, from when all engines were up; and what aligning did.
+    """Rows and tokens per second of each pool, and what aligning did. The seconds are those since all engines were up;
+    what a pool has done before them counts, too.
 
     Args:
         seconds: of the whole job.

@@ -29,7 +29,7 @@ class StepCost:
 
     Args:
         table: seconds by positions, for some numbers of rows; the positions of `rows` rows begin at `rows`. Between the
-            points, and beyond the last two, lines.
+            points lines; beyond the last the line through it and the last of half as many positions, or the first.
     """
 
     def __init__(self, table: Mapping[int, Mapping[int, float]]) -> None:
@@ -46,7 +46,9 @@ class StepCost:
     def _curve(self, rows: int, positions: np.ndarray) -> np.ndarray:
         x, y = (np.array(list(values), float) for values in (self.table[rows], self.table[rows].values()))
         y = np.minimum.accumulate(y[::-1])[::-1]  # some kernels are slower at 2 rows than at 4: less is never dearer
-        slope = (y[-1] - y[-2]) / (x[-1] - x[-2]) if len(x) > 1 else 0.0
+        near = x[x <= x[-1] / FAR]  # a neighbour may be but one position away, and laid out otherwise
+        before = len(near) - 1 if len(near) else 0
+        slope = (y[-1] - y[before]) / (x[-1] - x[before]) if len(x) > 1 else 0.0
         curve: np.ndarray = np.interp(positions, x, y) + slope * (positions - x[-1]).clip(0)
         return curve
 
@@ -72,7 +74,8 @@ class StepCost:
                 for widths in _shapes(rows, block_size):
                     seconds, total = _seconds(forward, widths, context), sum(widths)
                     curve[total] = min(seconds, curve.get(total, seconds))
-                    if total > rows and (curve[total] > FAR * curve[rows] or 2 * total > STEP_TOKENS):
+                    is_even = min(widths) > 1 or rows == 1 < total
+                    if is_even and (curve[total] > FAR * curve[rows] or 2 * total > STEP_TOKENS):
                         break
         forward.cache.resize(0, 0, used=0)
         return cls(table)

@@ -1,5 +1,6 @@
 """Models that are named by URL: pinned by what their folder holds, and copied to the disk of a node once."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -18,7 +19,7 @@ from actors.engines.base import EngineConfig
 
 Config = TypeVar("Config", bound=EngineConfig)
 
-FETCHED = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm")
+FETCHED = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe")
 """Files of a model: weights, configs, tokenizers and templates. Others are not fetched, code and pickles least."""
 RETRY_S = 60.0
 """Seconds for which a store that is out is asked again."""
@@ -136,7 +137,7 @@ def _listing(config: EngineConfig) -> dict[str, tuple[int, str]]:
     return {
         name: (int(entry["size"]), str(entry.get("ETag") or entry.get("etag") or entry.get("mtime") or ""))
         for name, entry in sorted(files.items())
-        if not name.startswith(".") and name.endswith(FETCHED)
+        if not name.startswith(".") and (name.endswith(FETCHED) or name.startswith("tokenizer.model"))
     }
 
 
@@ -167,7 +168,8 @@ def _told(config: EngineConfig, call: Callable[[], Result]) -> Result:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
                 raise ConfigError(f"model {config.model}: the store refuses: {reason}") from error
-            if time.monotonic() + wait_s > given_up_at:
+            is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)  # this node's disk
+            if is_full or time.monotonic() + wait_s > given_up_at:
                 raise TransientError(f"model {config.model} cannot be fetched: {reason}") from error
         time.sleep(wait_s)
         wait_s = min(2 * wait_s, 5.0)

@@ -45,7 +45,7 @@ AUTO_MAX_SEQS = 128
 AUTO_MAX_SEQS_ON_CPU = 16
 """Above so many requests at a time `auto` makes no guesses, and does not measure what they would cost, for which vLLM
 has to start twice more on every new node. On a CPU a proposer left 0.9 times the tokens per second at 1 request, 0.8
-times at 8 and 0.4 times at 64, so none pays beyond. On a GPU, where nothing was measured yet, so many requests alone
+times at 8 and 0.4 times at 64: beyond it none can pay. On a GPU, where nothing was measured yet, so many requests alone
 are near the knee of a large model. `parallel` guesses at any number."""
 TELL_EVERY_TOKENS = 16
 """How often vLLM tells what it has made of a request; often enough for progress lines."""

@@ -137,7 +137,7 @@ def write_unit(output: Storage, unit: Unit, table: pa.Table, facts: dict[str, An
     copies with the same rows apart. Pages carry checksums; what the footer says is sealed.
     """
     told = json.dumps(facts).encode()
-    table = table.replace_schema_metadata({METADATA_KEY: told, SEAL_KEY: _seal(told, table.schema)})
+    table = table.replace_schema_metadata({METADATA_KEY: told, SEAL_KEY: _seal(told, _given_back(table.schema))})
 
     def write(path: Path) -> None:
         pq.write_table(  # read once, and whole: neither a dictionary nor statistics would pay
@@ -184,17 +184,17 @@ def sealed_facts(unit: Unit, metadata: Mapping[bytes, bytes], columns: pa.Schema
 
 
 def _seal(told: bytes, columns: pa.Schema) -> bytes:
-    """What tells a changed footer, for Parquet has checksums for pages alone: SHA-256 of facts and columns."""
-    outline = repr([(each.name, _outline(each.type)) for each in columns])
-    return hashlib.sha256(told + outline.encode()).hexdigest().encode()
+    """What tells a changed footer, for Parquet has checksums for pages alone: SHA-256 of facts and columns.
+
+    Args:
+        columns: as Parquet gives them back.
+    """
+    types = repr([(each.name, str(each.type)) for each in columns])
+    return hashlib.sha256(told + types.encode()).hexdigest().encode()
 
 
-def _outline(kind: pa.DataType) -> Any:
-    """A type without what Parquet may name otherwise than Arrow, the items of lists."""
-    if pa.types.is_struct(kind):
-        return [(each.name, _outline(each.type)) for each in kind]
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return [_outline(kind.value_type)]
-    if pa.types.is_map(kind):
-        return [_outline(kind.key_type), _outline(kind.item_type)]
-    return str(kind)
+def _given_back(columns: pa.Schema) -> pa.Schema:
+    """The columns as they come out of a Parquet file: some types are others then, and lists' items have other names."""
+    file = pa.BufferOutputStream()
+    pq.write_table(columns.empty_table(), file)
+    return pq.read_metadata(pa.BufferReader(file.getvalue())).schema.to_arrow_schema()

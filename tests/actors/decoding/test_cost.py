@@ -57,7 +57,7 @@ def test_costs_between_and_beyond_what_was_measured() -> None:
     cost = StepCost({1: {1: 1.0, 5: 3.0}, 4: {4: 2.0, 8: 1.0, 12: 4.0}})
     assert cost.seconds(1, 6).tolist() == [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]
     assert cost.seconds(4, 8).tolist()[::4] == [1.0, 1.0, 4.0]  # less is never dearer
-    assert cost.seconds(9, 4)[-1] == pytest.approx(4.75)
+    assert cost.seconds(9, 4)[-1] == pytest.approx(4.375)
     assert cost.seconds(3, 0).tolist() == [pytest.approx(1 / 3 * 2.0 + 2 / 3 * 1.0)]
 
 

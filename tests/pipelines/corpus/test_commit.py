@@ -11,9 +11,9 @@ import pytest
 
 from actors.contract import ALIGNED_LIST, REWARD_NOTES, pack, unpack, with_columns
 from pipelines.corpus import schema
-from pipelines.corpus.commit import METADATA_KEY, Committer, unit_facts
+from pipelines.corpus.commit import METADATA_KEY, Committer, unit_facts, write_unit
 from pipelines.corpus.parquet import Damaged
-from pipelines.corpus.publish import OutputConfig, publish
+from pipelines.corpus.publish import OutputConfig, _read_unit, publish
 from pipelines.corpus.read import read_spans, row_as_json
 from pipelines.corpus.shards import Input, InputConfig, Listed
 from pipelines.corpus.storage import Storage
@@ -264,6 +264,23 @@ def test_facts_of_a_parquet_file_that_no_committer_wrote_are_damage(local_output
 def test_facts_of_a_unit_that_is_gone_are_file_not_found(output: Storage) -> None:
     with pytest.raises(FileNotFoundError):
         unit_facts(output, UNIT, 1000)
+
+
+def test_columns_of_any_type_are_sealed_as_parquet_gives_them_back(local_output: Storage) -> None:
+    commit_unit(local_output, SHARD, UNIT)
+    facts, table = _facts(local_output), read_rows_of(local_output, UNIT.path)
+    types = [
+        pa.timestamp("s"), pa.time32("s"), pa.date64(), pa.decimal128(9, 2), pa.null(),
+        pa.dictionary(pa.int8(), pa.large_string()), pa.map_(pa.string(), pa.int64()), pa.list_view(pa.int8()),
+        pa.large_list(pa.large_string()), pa.list_(pa.float16(), 2),
+        pa.struct([("a", pa.list_(pa.struct([("b", pa.duration("s"))])))]),
+    ]  # fmt: skip
+    for number, kind in enumerate(types):
+        table = table.append_column(f"kept_{number}", pa.nulls(UNIT.num_rows, kind))
+    local_output.delete([UNIT.path])
+    assert write_unit(local_output, UNIT, table, facts)
+    assert _facts(local_output) == facts
+    assert _read_unit(local_output, UNIT).num_columns == table.num_columns
 
 
 # --- input rows as JSON ---------------------------------------------------------------------------------------------
