@@ -46,8 +46,8 @@ class StepCost:
     def _curve(self, rows: int, positions: np.ndarray) -> np.ndarray:
         x, y = (np.array(list(values), float) for values in (self.table[rows], self.table[rows].values()))
         y = np.minimum.accumulate(y[::-1])[::-1]  # some kernels are slower at 2 rows than at 4: less is never dearer
-        near = x[x <= x[-1] / FAR]  # a neighbour may be but one position away, and laid out otherwise
-        before = len(near) - 1 if len(near) else 0
+        half = x <= x[-1] / 2  # a neighbour may be but one position away, and laid out otherwise
+        before = max(0, int(half.sum()) - 1)
         slope = (y[-1] - y[before]) / (x[-1] - x[before]) if len(x) > 1 else 0.0
         curve: np.ndarray = np.interp(positions, x, y) + slope * (positions - x[-1]).clip(0)
         return curve
