@@ -42,8 +42,8 @@ class RewardConfig(ScoringConfig, PoolConfig):
     name: str | None = option(None, "name of the reward in the corpus; null: the model's", changes_rows=True)
     rules: dict[str, float] = option(
         {},
-        "weight of each rule in the sum: length, repetition, refusal, language, format, or module:function, given "
-        "(prompt, response): a list of {role, content} and a text",
+        "weight of each rule in the sum: length, repetition, refusal, language, format, relevance, or "
+        "module:function, given (prompt, response): a list of {role, content} and a text",
         changes_rows=True,
     )
     criterion: str | None = option(

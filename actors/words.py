@@ -7,6 +7,7 @@ _UNSPACED = (
 )
 """Thai, Lao, Burmese, Khmer, Japanese and Chinese, which are written without spaces between words."""
 
+_CHARACTERS = regex.compile(rf"(?:[{_UNSPACED}]\p{{M}}*)+")
 _WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|[^\W{_UNSPACED}]+")  # regex, as re's \w has no vowel signs and accents
 
 
@@ -15,3 +16,8 @@ def words(text: str) -> list[str]:
     between words, characters."""
     found: list[str] = _WORD.findall(text)
     return found
+
+
+def is_unspaced(text: str) -> bool:
+    """Whether all of it is in a script without spaces between words."""
+    return _CHARACTERS.fullmatch(text) is not None

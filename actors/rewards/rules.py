@@ -7,6 +7,7 @@ the surface; none of them knows whether an answer is right or helpful.
 import hashlib
 import importlib
 import inspect
+import itertools
 import math
 import re
 import unicodedata
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from actors.contract import ConfigError, RowError
 from actors.engines.base import Completion, EngineStats, Request
-from actors.words import words
+from actors.words import is_unspaced, words
 
 if TYPE_CHECKING:
     from actors.reward import RewardConfig
@@ -30,6 +31,8 @@ VERSION = 3
 
 SHORT_WORDS, LONG_WORDS = 20, 400
 GRAM = 3
+LEAST_LETTERS, STEM_LETTERS = 4, 6
+"""Shorter words than the first tell little of what a text is about; words that begin alike for the second are one."""
 REFUSES_WITHIN = 200
 TELLING_BYTES = 20
 """Letters, in bytes of UTF-8, from which on the language of a text is told with some certainty."""
@@ -92,12 +95,24 @@ def format(prompt: Prompt, response: str) -> float:
     return (closed + (_TEMPLATE.search(text) is None) + ended) / 3
 
 
+def relevance(prompt: Prompt, response: str) -> float:
+    """Share of the words of the user's last message that the response takes up: words of LEAST_LETTERS and more, each
+    by its first STEM_LETTERS (in scripts without spaces: pairs of characters). 1 where the message has none.
+
+    What answers in other words is taken to be beside the point, and an echo to be to it: of two answers that one model
+    gives, the better is told more often than not; of two models it tells nothing.
+    """
+    asked = _stems(prompt[-1]["content"])
+    return len(asked & _stems(response)) / len(asked) if asked else 1.0
+
+
 RULES: dict[str, Rule] = {
     "length": length,
     "repetition": repetition,
     "refusal": refusal,
     "language": language,
     "format": format,
+    "relevance": relevance,
 }
 
 
@@ -161,6 +176,12 @@ def _asked(name: str, rule: Rule, prompt: Prompt, response: str) -> float:
 def _ends(mark: str) -> bool:
     category = unicodedata.category(mark)
     return category[0] in "PS" and not {mark, category} & _GOES_ON
+
+
+def _stems(text: str) -> set[str]:
+    found = words(text.lower())
+    pairs = {pair for pair in map("".join, itertools.pairwise(found)) if is_unspaced(pair)}
+    return pairs | {word[:STEM_LETTERS] for word in found if len(word) >= LEAST_LETTERS}
 
 
 def _letter_bytes(text: str) -> int:

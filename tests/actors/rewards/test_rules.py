@@ -16,7 +16,10 @@ WHOLE = (
     "The sky is blue because air scatters short waves of light more than long ones, and so the blue light reaches us "
     "from every side of the sky."
 )
-ASKED = [{"role": "system", "content": "Antworte knapp."}, {"role": "user", "content": "Why is the sky blue, please?"}]
+ASKED = [
+    {"role": "system", "content": "Antworte knapp."},
+    {"role": "user", "content": "Why is the sky so blue by day, and not red?"},
+]
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -60,6 +63,24 @@ def test_a_whole_answer_is_well_by_every_rule(name: str) -> None:
 )
 def test_what_a_rule_finds(name: str, response: str, score: float) -> None:
     assert RULES[name](ASKED, response) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("asked", "response", "score"),
+    [
+        (
+            "How do magnets attract iron?",
+            "Magnetic fields pull at it.",
+            1 / 3,
+        ),  # "magnet", of that and "attrac", "iron"
+        ("How do magnets attract iron?", "", 0.0),
+        ("How so?", "By air.", 1.0),  # nothing to take up
+        ("天空为什么是蓝色的", "天空是蓝色的。", 1 / 2),  # 天空, 是蓝, 蓝色 and 色的, of eight pairs
+        ("天空为什么是蓝色的", "我喜欢吃苹果。", 0.0),
+    ],
+)
+def test_an_answer_takes_up_the_words_of_the_question(asked: str, response: str, score: float) -> None:
+    assert RULES["relevance"]([{"role": "user", "content": asked}], response) == pytest.approx(score)
 
 
 def score(config: RewardConfig, response: str) -> float | None:
