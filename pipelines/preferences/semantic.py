@@ -24,11 +24,11 @@ def semantic_weights(encoder: str, prompts: pa.ChunkedArray, chosen: pa.Array, a
     """
     asked = [chat[-1]["content"] for chat in whole(prompts).to_pylist()]
     answers = whole(chosen).to_pylist()
-    cosines = (_embeddings(encoder, asked) * _embeddings(encoder, answers)).sum(axis=1)
+    cosines = (embeddings(encoder, asked) * embeddings(encoder, answers)).sum(axis=1)
     return pa.array(np.exp(-alpha * (1 - cosines)))
 
 
-def _embeddings(folder: str, texts: list[str]) -> Any:
+def embeddings(folder: str, texts: list[str]) -> Any:
     """float64[n, d] of length 1. Texts are batched by length; in float32 what a text shares its batch with changes no
     more than the last digits."""
     import torch

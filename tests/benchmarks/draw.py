@@ -67,5 +67,35 @@ def _panel(found: Sequence[Figures], across: str, kind: str, label: str) -> str:
     return "\n".join(drawn)
 
 
+def scatter(points: Iterable[tuple[str, float, float]], *, across: str, up: str) -> str:
+    """Named points (name, x, y): x on a logarithmic scale, y on a plain one."""
+    found = sorted(points, key=lambda point: point[1])
+    left, right = math.log(found[0][1] / 1.5), math.log(found[-1][1] * 1.5)
+    heights = [y for _, _, y in found]
+    low, high = min(heights) - 0.02, max(heights) + 0.02
+    width, height = 2 * WIDTH, HEIGHT + 80
+    drawn = [f'<rect width="{width}" height="{height}" fill="none" stroke="#888"/>']
+    for tick in (n * 10**power for power in range(-3, 5) for n in (1, 2, 5)):
+        if left <= math.log(tick) <= right:
+            at = width * (math.log(tick) - left) / (right - left)
+            drawn.append(f'<path d="M{at:.1f} 0v{height}" stroke="#ddd"/>' + _text(at, height + 17, f"{tick:g}"))
+    for tick in (n * 0.05 for n in range(-20, 21)):
+        if low <= tick <= high:
+            at = height * (high - tick) / (high - low)
+            drawn.append(f'<path d="M0 {at:.1f}h{width}" stroke="#ddd"/>' + _text(-6, at + 4, f"{tick:.2f}", "end"))
+    for number, (name, x, y) in enumerate(found):
+        colour = COLOURS[number % len(COLOURS)]
+        at = width * (math.log(x) - left) / (right - left), height * (high - y) / (high - low)
+        drawn.append(f'<circle cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="4" fill="{colour}"/>')
+        drawn.append(_text(at[0] + 7, at[1] - 6, name, "start", f'fill="{colour}"'))
+    drawn += [_text(width / 2, height + 36, across), _text(-6, -8, up, "end")]
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + 240} {height + 90}" '
+        'font-family="sans-serif" font-size="12">'
+    )
+    body = "\n".join(drawn)
+    return f'{head}<rect width="100%" height="100%" fill="white"/><g transform="translate(70 30)">{body}</g></svg>\n'
+
+
 def _text(x: float, y: float, text: str, anchor: str = "middle", extra: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {extra}>{escape(text)}</text>'
