@@ -36,7 +36,7 @@ def model_card(
         "a better one, many tokens at a time. burnish loads this folder as it is:",
         "",
         "```bash",
-        "python pipelines/align_corpus.py aligner.recipe=diffpo aligner.model=THIS_FOLDER \\\\",
+        "python pipelines/align_corpus.py aligner.recipe=diffpo aligner.model=THIS_FOLDER \\",
         f"    aligner.max_tokens={training.max_tokens} aligner.block_size={training.max_tokens} ...",
         "```",
         "",

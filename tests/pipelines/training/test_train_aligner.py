@@ -109,6 +109,10 @@ def test_a_training_ends_in_a_folder_that_an_engine_takes_as_it_is(
     assert "python pipelines/train_aligner.py " in card and "training.omega=2" in card
     assert "12 trajectories, 0 more left out for their prompts; 6 steps, seed 0" in card
     assert "The reward is `rules`." in card
+    use, made = (
+        block.replace("\\\n", " ").strip().splitlines() for block in re.findall(r"```bash\n(.*?)```", card, re.DOTALL)
+    )
+    assert len(use) == len(made) == 1  # what goes on behind a line's end is of the same command
     assert len(re.findall(r"^\| [036] \| [\d.]+ \| ", card, re.MULTILINE)) == 3
 
     before = {path: path.stat().st_mtime_ns for path in root.glob("*.*") if path.is_file()}
