@@ -37,6 +37,19 @@ class Place:
     num_ranks: int = 1
     device: torch.device = torch.device("cpu")
 
+    def agreed(self, number: int) -> int:
+        """The first process's number, in each of them. All must call it alike."""
+        if self.num_ranks == 1:
+            return number
+        told = torch.tensor(number, device=self.device)
+        dist.broadcast(told, src=0)
+        return int(told)
+
+    def free(self) -> None:
+        """Give memory that nothing holds any more back to the device."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
 
 class Trainer:
     """Steps over trajectories. With several processes each has one, and all must call `step` and `state` alike.
@@ -66,7 +79,9 @@ class Trainer:
         half = getattr(torch, config.dtype)
         shards = parallel == "fsdp" and self.place.num_ranks > 1
         student = models.load(config, base, frozen=torch.float32 if shards else half)
-        model = models.causal(student).to(self.place.device)
+        model = models.causal(student)
+        if not shards:  # each process moves its shards alone, of a model that need not fit on one device whole
+            model = model.to(self.place.device)
         model.train()
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -141,11 +156,15 @@ class Trainer:
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def state(self) -> State:
-        """Everything that steps change. Learning rate, order of data and seeds follow from a step's number."""
+        """Everything that steps change, for the first process; of use to no other, whose part in it this is.
+
+        Learning rate, order of data and seeds follow from a step's number.
+        """
+        kept = self.place.rank == 0
         return {
-            "weights": {name: whole(each) for name, each in self.trained.items()},
+            "weights": {name: whole(each, kept) for name, each in self.trained.items()},
             "optimizer": {
-                name: {key: whole(value) for key, value in self.optimizer.state[each].items()}
+                name: {key: whole(value, kept) for key, value in self.optimizer.state[each].items()}
                 for name, each in self.trained.items()
             },
         }
@@ -170,10 +189,11 @@ def learning_rate(config: TrainingConfig, step: int, num_steps: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def whole(value: Tensor) -> Tensor:
-    """A tensor on the CPU, put together where it is sharded: then every process must ask for it."""
+def whole(value: Tensor, kept: bool = True) -> Tensor:
+    """A tensor on the CPU, put together where it is sharded: then every process must ask for it; empty where it is not
+    kept."""
     found: Tensor = value.full_tensor() if isinstance(value, DTensor) else value
-    return found.detach().to("cpu", copy=True)
+    return found.detach().to("cpu", copy=True) if kept else torch.empty(0)
 
 
 def _as(parameter: Tensor, value: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def _record(
     A training that was begun goes on with the data it began with: partitions published since are for the next one.
     """
     before = latest_run(output)
-    if before is not None and "parts" not in before:
+    if is_finished(output) if before is None else "parts" not in before:
         raise ConfigError(f"output.root {output.url} holds something else than a training: take another folder")
     parts: list[Part] = before["parts"] if before else published_parts(dataset)
     if not of_split(parts, "train"):
@@ -127,9 +127,13 @@ def _train(
     wait_until_placeable(
         [need], config.run.wait_for_resources_s, say_every_s=config.site.log_every_s, announce=report.say
     )
+    from pipelines.training import checkpoints
     from pipelines.training.aligner_worker import Work
 
-    work = Work(config, base, dataset, output, record["parts"], record, flags.limit)
+    stop = None
+    if flags.limit is not None:  # counted from here, however often processes die on the way
+        stop = checkpoints.last_step(output) + -(-flags.limit // config.training.batch_size)
+    work = Work(config, base, dataset, output, record["parts"], record, stop)
     progress = Progress(config.site.log_every_s)
     moved_at = time.monotonic()
 

@@ -42,7 +42,7 @@ class Work:
         base: the model that is trained, pinned.
         parts: of the dataset, of all splits.
         record: the run's, for the card.
-        limit: most trajectories to train on before it stops at a checkpoint, to be continued.
+        stop: step after which it stops at a checkpoint, to be continued; None: at the end.
     """
 
     config: TrainAlignerConfig
@@ -51,7 +51,7 @@ class Work:
     output: Storage
     parts: list[Part]
     record: dict[str, Any]
-    limit: int | None = None
+    stop: int | None = None
 
 
 def train(given: dict[str, Any]) -> None:
@@ -118,19 +118,12 @@ class Process:
         self.counts = {"trajectories": len(trajectories), "left_out": num_left_out, "steps": self.num_steps}
 
     def run(self) -> None:
-        """From the last checkpoint to the end, or as far as `limit` goes."""
-        config, step = self.config, 0
-        found = checkpoints.latest(self.work.output)
-        if found is not None:
-            self.trainer.restore(found.state)
-            step, self.history = found.step, found.history
-        state = self.trainer.state() if found is None else found.state
-        stop = self.num_steps
-        if self.work.limit is not None:
-            stop = min(stop, step + -(-self.work.limit // config.training.batch_size))
+        """From the last checkpoint to the end, or as far as `stop`."""
+        config, step = self.config, self._resumed()
+        stop = self.num_steps if self.work.stop is None else min(self.num_steps, self.work.stop)
         self.tell("begun", {**self.counts, "step": step, "stop": stop})
         if step == 0 and config.evaluation.every:
-            self._evaluate(step, state)
+            self._evaluate(step, self.trainer.state())
         while step < stop:
             record = self.trainer.step(step)
             step += 1
@@ -144,8 +137,22 @@ class Process:
                     self._evaluate(step, state)
                 if self.place.rank == 0:
                     checkpoints.save(self.work.output, Checkpoint(step, self.history, state))
-        if step == self.num_steps and self.place.rank == 0:
-            self._publish(state)
+        if step == self.num_steps:
+            state = self.trainer.state()
+            if self.place.rank == 0:
+                self._publish(state)
+
+    def _resumed(self) -> int:
+        """Go on from the last checkpoint that the first process sees. Returns its steps; 0 where there is none."""
+        output = self.work.output
+        step = self.place.agreed(checkpoints.last_step(output))
+        if step:
+            found = checkpoints.load(output, step)
+            self.trainer.restore(found.state)
+            self.history = found.history
+            if self.place.rank == 0:
+                checkpoints.tell(output, self.history)  # killed, it may have left that out
+        return step
 
     def _evaluate(self, step: int, state: State) -> None:
         """Add an evaluation to the history. Only the first process does; the others wait in their next step."""
@@ -161,17 +168,22 @@ class Process:
             answered.append(each)
             self.tell("alive", None)
         del model
+        self.place.free()  # a reward model has a process of its own
         reward = None if config.reward is None else build_reward(config.reward, torch.get_num_threads())
         try:
             found = evaluate(answered, reward, lambda: self.tell("alive", None))
         finally:
             if reward is not None:
                 reward.close()
+                self.place.free()
         self.history.append({"step": step, **found})
         self.tell("evaluation", self.history[-1])
 
     def _publish(self, state: State) -> None:
-        """Create the model's files in the output root. What makes a folder a model's comes last."""
+        """Create the model's files in the output root. What makes a folder a model's comes last.
+
+        Raises ConfigError where the root holds another file of the same name: of no other training is anything kept.
+        """
         training, base = self.config.training, self.work.base
         name = training.model if training.model.startswith("~") else base.model
         card = model_card(self.config, self.work.record, self.counts, self.history)
@@ -182,4 +194,11 @@ class Process:
             (folder / "README.md").write_text(card, "utf-8")
             files = [path for path in folder.rglob("*") if path.is_file()]
             for path in sorted(files, key=lambda path: (path.name in DESCRIBING, path.name)):
-                self.work.output.create_file(str(path.relative_to(folder)), partial(shutil.copyfile, path))
+                name, output = str(path.relative_to(folder)), self.work.output
+                if (
+                    not output.create_file(name, partial(shutil.copyfile, path))
+                    and output.read(name) != path.read_bytes()
+                ):
+                    raise ConfigError(
+                        f"{output.url}/{name} is there already, and it is none of this training's: move it"
+                    )

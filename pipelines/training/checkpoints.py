@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from actors.contract import ConfigError
 from pipelines.corpus.storage import Storage
 
 FOLDER = "checkpoints"
 METRICS = "metrics.jsonl"
 KEPT = 2
-"""A job that takes over may be reading one while what is left of the job before it writes the next."""
+"""Processes may be reading one while what is left of the job before them writes the next."""
 
 Record = dict[str, float]
 """What is told of a step or an evaluation; `step` counts the steps done."""
@@ -37,21 +38,27 @@ def save(output: Storage, checkpoint: Checkpoint) -> None:
     def write(path: Path) -> None:
         torch.save({"step": checkpoint.step, "history": checkpoint.history, "state": checkpoint.state}, path)
 
-    output.create_file(f"{FOLDER}/step-{checkpoint.step:08d}.pt", write)
-    output.put(METRICS, "".join(f"{json.dumps(record)}\n" for record in checkpoint.history).encode())
+    output.create_file(_path(checkpoint.step), write)
+    tell(output, checkpoint.history)
     output.delete([f"{FOLDER}/{name}" for name in _names(output)[:-KEPT]])
 
 
-def latest(output: Storage) -> Checkpoint | None:
-    """The last checkpoint; None where there is none."""
-    while names := _names(output):
-        try:
-            data = output.read(f"{FOLDER}/{names[-1]}")
-        except FileNotFoundError:  # deleted meanwhile, for there is a later one
-            continue
-        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        return Checkpoint(found["step"], found["history"], found["state"])
-    return None
+def tell(output: Storage, history: list[Record]) -> None:
+    """Write for people and plots what was told until a checkpoint."""
+    output.put(METRICS, "".join(f"{json.dumps(record)}\n" for record in history).encode())
+
+
+def load(output: Storage, step: int) -> Checkpoint:
+    """The checkpoint of so many steps. Raises ConfigError where it is not there."""
+    try:
+        data = output.read(_path(step))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{output.url} does not hold the checkpoint of step {step} here: every process must see the same "
+            "output.root"
+        ) from None
+    found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return Checkpoint(found["step"], found["history"], found["state"])
 
 
 def last_step(output: Storage) -> int:
@@ -66,6 +73,10 @@ def metrics(output: Storage) -> list[Record]:
         return [json.loads(line) for line in output.read(METRICS).splitlines()]
     except FileNotFoundError:
         return []
+
+
+def _path(step: int) -> str:
+    return f"{FOLDER}/step-{step:08d}.pt"
 
 
 def _names(output: Storage) -> list[str]:

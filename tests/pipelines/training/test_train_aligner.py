@@ -166,6 +166,7 @@ def test_a_folder_that_was_not_finished_is_finished(
     before = {path.name: path.read_bytes() for path in root.glob("*.*") if path.is_file()}
     (root / "adapter_config.json").unlink()
     (root / missing).unlink(missing_ok=True)
+    (root / "metrics.jsonl").unlink()  # killed before that, too
     assert main(command("evaluation.every=0")) == 0
     assert {path.name: path.read_bytes() for path in root.glob("*.*") if path.is_file()} == before
 
@@ -228,6 +229,21 @@ def test_a_root_that_holds_something_else_is_refused(
     (tmp_path / "out/runs/000001.json").write_text(json.dumps({"number": 1, "fingerprint": {}}))
     assert main(command()) == 2
     assert "holds something else than a training: take another folder" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text("{}")  # a model's, whoever made it
+    assert main(command()) == 2
+    assert "holds something else than a training: take another folder" in capsys.readouterr().err
+
+
+def test_weights_of_another_model_are_not_published_as_its_own(
+    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/adapter_model.safetensors").write_bytes(b"another's")
+    assert main(command("evaluation.every=0")) == 2
+    assert "adapter_model.safetensors is there already, and it is none of this training's" in capsys.readouterr().err
+    assert not (tmp_path / "out/adapter_config.json").exists()
 
 
 def test_a_dry_run_tells_the_plan_and_what_the_model_reads(
