@@ -4,7 +4,6 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -22,33 +21,12 @@ from actors.engines.base import EngineConfig
 from actors.training import aligner_model as models
 from actors.training.aligner_settings import TrainingConfig
 from actors.training.diffpo_losses import DiffPOLoss
+from actors.training.place import Place
 from actors.training.trajectories import Trajectory, batch, drawn
 
 Parallel = Literal["ddp", "fsdp"]
 State = dict[str, Any]
 """`weights` by name, and of each of them what the optimiser keeps; tensors whole and on the CPU."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands among those that train together."""
-
-    rank: int = 0
-    num_ranks: int = 1
-    device: torch.device = torch.device("cpu")
-
-    def agreed(self, number: int) -> int:
-        """The first process's number, in each of them. All must call it alike."""
-        if self.num_ranks == 1:
-            return number
-        told = torch.tensor(number, device=self.device)
-        dist.broadcast(told, src=0)
-        return int(told)
-
-    def free(self) -> None:
-        """Give memory that nothing holds any more back to the device."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 class Trainer:

@@ -5,13 +5,11 @@ The model reads what the reward pool will have it read (`scored_ids`), and its s
 """
 
 import functools
-import json
 import math
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,13 +24,13 @@ from actors.engines.base import ScoringConfig
 from actors.engines.prompts import load_failure
 from actors.engines.torch_model import device_of
 from actors.rewards.classifier import batch_logits, score_batch
-from actors.training.checkpoint import load_checkpoint, open_curve, save_checkpoint
 from actors.training.reward_settings import Pair, RewardTrainingConfig, num_steps_of
 
 HEADS = ("score", "classifier")
 """Names that transformers gives to heads of sequence classification models."""
 MAX_GRADIENT_NORM = 1.0
-CHECKPOINT, CURVE = "checkpoint.pt", "losses.jsonl"
+State = dict[str, Any]
+"""All that a step changes: `weights` by name, and the optimiser's state."""
 
 
 @dataclass(frozen=True)
@@ -129,20 +127,22 @@ def train(
     model: PreTrainedModel,
     pairs: Sequence[Pair],
     config: RewardTrainingConfig,
-    folder: Path,
-    made_of: str,
+    begun: tuple[State, Sequence[Step]] | None,
+    keep: Callable[[State, Sequence[Step]], None],
     checkpoint_s: float,
     tell: Callable[[Sequence[Step], int], None],
 ) -> list[Step]:
-    """Train the model in place, from the folder's checkpoint on where there is one. Returns every step.
+    """Train the model in place, from a state that was kept on where there is one. Returns every step.
 
     The steps are a function of the arguments alone: each one's pairs and learning rate follow from its number, so that
     a run that was killed goes on as if nothing had been. With several ranks (an initialised process group) each takes
-    its share of a step's pairs, and gradients are summed; rank 0 writes the checkpoint, which all must be able to read.
+    its share of a step's pairs, and gradients are summed.
 
     Args:
-        made_of: digest of all that decides what the steps are. Raises ValueError for a checkpoint of another one.
-        checkpoint_s: seconds between checkpoints.
+        begun: a state of these arguments, and the steps that led to it; the same in each rank.
+        keep: called by rank 0 with the state and the steps so far, after the last step, too; what it holds is changed
+            by the next step.
+        checkpoint_s: seconds between two such calls.
         tell: called by rank 0 with the steps so far and the number of all steps, first before the first step.
 
     Raises ConfigError where the loss is not finite.
@@ -151,11 +151,12 @@ def train(
     num_steps = num_steps_of(len(pairs), config)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optimizer = torch.optim.AdamW(_groups(trained, config), weight_decay=config.weight_decay)
-    steps = _resumed(folder / CHECKPOINT, made_of, model, optimizer)
-    if size > 1:
-        dist.barrier()  # rank 0 is not to replace the checkpoint while another reads it
-    curve = open_curve(folder / CURVE, [asdict(each) for each in steps]) if rank == 0 else None
-    if curve:
+    steps = []
+    if begun is not None:
+        model.load_state_dict(begun[0]["weights"], strict=False)  # those that are not trained are the base model's
+        optimizer.load_state_dict(begun[0]["optimizer"])
+        steps = list(begun[1])
+    if rank == 0:
         tell(steps, num_steps)
     saved_at = time.monotonic()
     model.train()
@@ -175,14 +176,12 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         steps.append(Step(number + 1, loss, factor * config.learning_rate, num_tokens, time.monotonic() - begin))
-        if curve:
-            curve.write(f"{json.dumps(asdict(steps[-1]))}\n")
+        if rank == 0:
             tell(steps, num_steps)
             if time.monotonic() - saved_at >= checkpoint_s or len(steps) == num_steps:
-                _save(folder / CHECKPOINT, made_of, trained, optimizer, steps)
+                weights = {name: weight.detach() for name, weight in trained.items()}
+                keep({"weights": weights, "optimizer": optimizer.state_dict()}, steps)
                 saved_at = time.monotonic()
-    if curve:
-        curve.close()
     return steps
 
 
@@ -280,27 +279,3 @@ def numbers_of_step(number: int, num_pairs: int, config: RewardTrainingConfig) -
 def _order(seed: int, epoch: int, num_pairs: int) -> list[int]:
     order: list[int] = np.random.default_rng([seed, epoch]).permutation(num_pairs).tolist()
     return order
-
-
-def _save(
-    path: Path,
-    made_of: str,
-    trained: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    steps: Sequence[Step],
-) -> None:
-    weights = {name: weight.detach() for name, weight in trained.items()}
-    told = [asdict(each) for each in steps]
-    save_checkpoint(path, {"made_of": made_of, "weights": weights, "optimizer": optimizer.state_dict(), "steps": told})
-
-
-def _resumed(path: Path, made_of: str, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> list[Step]:
-    """The steps of the checkpoint, whose state model and optimiser take; [] where there is none."""
-    state = load_checkpoint(path)
-    if state is None:
-        return []
-    if state["made_of"] != made_of:
-        raise ValueError(f"{path} is a checkpoint of another run")
-    model.load_state_dict(state["weights"], strict=False)  # those that are not trained are the base model's
-    optimizer.load_state_dict(state["optimizer"])
-    return [Step(**each) for each in state["steps"]]

@@ -1,13 +1,9 @@
 """The job that trains an aligner: what it resumes, Ray Train's processes, and what a person sees of them."""
 
 import importlib.util
-import os
 import shlex
-import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -122,13 +118,13 @@ def _train(
     """Run the processes until they are done. Raises what they raised for a person, or Ray Train's own error."""
     from pipelines.cluster import join_or_start
 
-    need = Need("training", config.run.num_workers, 1, float(config.run.use_gpu))
+    run = config.run
+    need = Need("training", run.num_workers, 1, float(run.use_gpu))
     join_or_start(config.site.ray_address, need.count * need.cpus)
-    wait_until_placeable(
-        [need], config.run.wait_for_resources_s, say_every_s=config.site.log_every_s, announce=report.say
-    )
+    wait_until_placeable([need], run.wait_for_resources_s, say_every_s=config.site.log_every_s, announce=report.say)
     from pipelines.training import checkpoints
-    from pipelines.training.aligner_worker import Work
+    from pipelines.training.aligner_worker import Work, train
+    from pipelines.training.on_ray import fitted
 
     stop = None
     if flags.limit is not None:  # counted from here, however often processes die on the way
@@ -141,66 +137,7 @@ def _train(
         yield f"asked for {need.ask}; {progress.state}"
         yield "checkpoints are kept; the same command resumes"
 
-    with watched(lambda: time.monotonic() - moved_at, diagnosis, config.run.stall_minutes * 60):
-        for kind, what in _fitted(config, work):
+    with watched(lambda: time.monotonic() - moved_at, diagnosis, run.stall_minutes * 60):
+        for kind, what in fitted(train, {"work": work}, run.num_workers, run.use_gpu, run.max_failures):
             moved_at = time.monotonic()
-            if kind == "failed":
-                raise what
             progress.show(kind, what)
-
-
-def _fitted(config: TrainAlignerConfig, work: Any) -> Iterator[tuple[str, Any]]:
-    """What the processes tell, as they do. Raises Ray Train's error when they do not come to their end."""
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths of the config, and PYTHONPATH's, are this folder's
-    os.environ.setdefault(
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0"
-    )  # it warns at every start, and decides nothing here
-    import ray.train
-    import ray.train.torch
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-    from ray.util.queue import Empty, Queue
-
-    from pipelines.training.aligner_worker import train
-
-    class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray has no types
-        """Without a detached actor that outlives the job, and that fails where Ray has no dashboard."""
-
-        def _create_default_callbacks(self) -> list[Any]:
-            found = super()._create_default_callbacks()
-            return [each for each in found if not isinstance(each, PlacementGroupCleanerCallback)]
-
-    told = Queue(actor_options={"num_cpus": 0})
-    with tempfile.TemporaryDirectory() as scratch:  # Ray Train's own notes: the checkpoints are ours
-        trainer = Trainer(
-            train,
-            train_loop_config={"work": work, "told": told},
-            torch_config=ray.train.torch.TorchConfig(timeout_s=24 * 3600),  # one evaluates while others wait for it
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=config.run.num_workers,
-                use_gpu=config.run.use_gpu,
-                resources_per_worker={"CPU": 1, **({"GPU": 1} if config.run.use_gpu else {})},
-            ),
-            run_config=ray.train.RunConfig(
-                name="training",
-                storage_path=scratch,
-                failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
-                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-            ),
-        )
-        fitted: Future[None] = Future()
-
-        def fit() -> None:
-            try:
-                trainer.fit()
-                fitted.set_result(None)
-            except BaseException as error:
-                fitted.set_exception(error)
-
-        # Not in the main thread, where Ray Train would take Ctrl-C for itself.
-        threading.Thread(target=fit, name="ray-train", daemon=True).start()
-        while not fitted.done() or not told.empty():
-            try:
-                yield told.get(timeout=1)
-            except Empty:
-                continue
-        fitted.result()

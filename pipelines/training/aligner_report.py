@@ -8,6 +8,7 @@ from actors.engines.base import EngineConfig
 from pipelines import report
 from pipelines.corpus.storage import Storage
 from pipelines.training.aligner_settings import TrainAlignerConfig
+from pipelines.training.checkpoints import Record
 
 SHOWN = 2
 CHARACTERS = 400
@@ -46,7 +47,7 @@ class Progress:
             )
 
 
-def evaluation_line(found: dict[str, float]) -> str:
+def evaluation_line(found: Record) -> str:
     """What an evaluation came to, in a line."""
     told = (
         f"evaluation after {found['step']:.0f} steps: {found['iterations']:.2f} iterations to converge, "

@@ -1,37 +1,34 @@
 """What each process of a training does: steps, evaluations, checkpoints, and at the end the model's folder."""
 
 import os
-import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray.train
 import torch
 
-from actors.contract import ConfigError, TransientError
+from actors.contract import ConfigError
 from actors.engines.adapters import on_this_node
 from actors.engines.base import EngineConfig
 from actors.engines.by_url import ADAPTER
 from actors.rewards import build_reward
 from actors.training import aligner_model as models
 from actors.training.aligner_evaluation import aligned, evaluate, questions
-from actors.training.aligner_trainer import Place, State, Trainer
+from actors.training.aligner_trainer import State, Trainer
+from actors.training.place import Place
 from actors.training.trajectories import Trajectory, Vocabulary, encoded, vocabulary
 from pipelines.corpus.storage import Storage
 from pipelines.training import checkpoints
 from pipelines.training.aligner_card import model_card
 from pipelines.training.aligner_settings import TrainAlignerConfig
 from pipelines.training.checkpoints import Checkpoint, Record
+from pipelines.training.on_ray import Tell
 from pipelines.training.trajectories import Part, of_split, read_rows
 
 DESCRIBING = ("config.json", ADAPTER)
 """What an engine looks for first in a model's folder: no folder is a model's until it is there."""
-
-Tell = Callable[[str, Any], None]
-"""Tells the driver something: step, evaluation, alive, begun or failed, and what there is to say of it."""
 
 
 @dataclass(frozen=True)
@@ -54,25 +51,12 @@ class Work:
     stop: int | None = None
 
 
-def train(given: dict[str, Any]) -> None:
-    """One process, started by Ray Train: `work`, and `told`, a Ray queue."""
-    import ray.train.torch
-
+def train(given: dict[str, Any], place: Place, tell: Tell) -> None:
+    """One process, started by `on_ray`."""
     work: Work = given["work"]
-    context = ray.train.get_context()
-    place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    threads = work.config.run.num_threads or (os.cpu_count() or 1) // context.get_local_world_size()
-    torch.set_num_threads(max(1, threads))
-
-    def tell(kind: str, what: Any) -> None:
-        if place.rank == 0 or kind == "failed":
-            given["told"].put((kind, what))
-
-    try:
-        Process(work, place, tell).run()
-    except (ConfigError, TransientError) as error:
-        tell("failed", error)
-        raise
+    num_local = ray.train.get_context().get_local_world_size()
+    torch.set_num_threads(max(1, work.config.run.num_threads or (os.cpu_count() or 1) // num_local))
+    Process(work, place, tell).run()
 
 
 def load_split(work: Work, words: Vocabulary, split: str) -> tuple[list[Trajectory], int]:
@@ -149,7 +133,7 @@ class Process:
         if step:
             found = checkpoints.load(output, step)
             self.trainer.restore(found.state)
-            self.history = found.history
+            self.history = list(found.history)
             if self.place.rank == 0:
                 checkpoints.tell(output, self.history)  # killed, it may have left that out
         return step
@@ -182,7 +166,7 @@ class Process:
     def _publish(self, state: State) -> None:
         """Create the model's files in the output root. What makes a folder a model's comes last.
 
-        Raises ConfigError where the root holds another file of the same name: of no other training is anything kept.
+        Raises as `checkpoints.publish`.
         """
         training, base = self.config.training, self.work.base
         name = training.model if training.model.startswith("~") else base.model
@@ -192,13 +176,4 @@ class Process:
             models.write(training, self.base, state["weights"], folder, adapts=(name, base.revision))
             self.words.tokenizer.save_pretrained(folder)
             (folder / "README.md").write_text(card, "utf-8")
-            files = [path for path in folder.rglob("*") if path.is_file()]
-            for path in sorted(files, key=lambda path: (path.name in DESCRIBING, path.name)):
-                name, output = str(path.relative_to(folder)), self.work.output
-                if (
-                    not output.create_file(name, partial(shutil.copyfile, path))
-                    and output.read(name) != path.read_bytes()
-                ):
-                    raise ConfigError(
-                        f"{output.url}/{name} is there already, and it is none of this training's: move it"
-                    )
+            checkpoints.publish(self.work.output, folder, last=DESCRIBING)

@@ -1,8 +1,12 @@
-"""Checkpoints of a training: each one object, created if absent, so that whatever is killed leaves whole ones only."""
+"""What a training leaves: checkpoints and a model, each file created if absent, so that whatever is killed leaves
+whole ones only."""
 
 import io
 import json
+import shutil
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ METRICS = "metrics.jsonl"
 KEPT = 2
 """Processes may be reading one while what is left of the job before them writes the next."""
 
-Record = dict[str, float]
+Record = Mapping[str, float]
 """What is told of a step or an evaluation; `step` counts the steps done."""
 
 
@@ -25,7 +29,7 @@ class Checkpoint:
     """A training after `step` steps: its trainer's state, and all that was told of it until then."""
 
     step: int
-    history: list[Record]
+    history: Sequence[Record]
     state: dict[str, Any]
 
 
@@ -36,14 +40,15 @@ def save(output: Storage, checkpoint: Checkpoint) -> None:
     """
 
     def write(path: Path) -> None:
-        torch.save({"step": checkpoint.step, "history": checkpoint.history, "state": checkpoint.state}, path)
+        with path.open("wb") as file:  # of a full disk torch's own writer would tell no cause
+            torch.save({"step": checkpoint.step, "history": checkpoint.history, "state": checkpoint.state}, file)
 
     output.create_file(_path(checkpoint.step), write)
     tell(output, checkpoint.history)
     output.delete([f"{FOLDER}/{name}" for name in _names(output)[:-KEPT]])
 
 
-def tell(output: Storage, history: list[Record]) -> None:
+def tell(output: Storage, history: Sequence[Record]) -> None:
     """Write for people and plots what was told until a checkpoint."""
     output.put(METRICS, "".join(f"{json.dumps(record)}\n" for record in history).encode())
 
@@ -73,6 +78,18 @@ def metrics(output: Storage) -> list[Record]:
         return [json.loads(line) for line in output.read(METRICS).splitlines()]
     except FileNotFoundError:
         return []
+
+
+def publish(output: Storage, folder: Path, last: Collection[str]) -> None:
+    """Create the folder's files in the output root, those named `last` behind all others.
+
+    Raises ConfigError where the root holds another file of the same name: nothing of anybody's is replaced.
+    """
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: (path.name in last, path.name)):
+        name = str(path.relative_to(folder))
+        if not output.create_file(name, partial(shutil.copyfile, path)) and output.read(name) != path.read_bytes():
+            raise ConfigError(f"{output.url}/{name} is there already, and it is none of this training's: move it")
 
 
 def _path(step: int) -> str:

@@ -4,9 +4,10 @@ import contextlib
 import fcntl
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,13 @@ from actors.engines.by_url import is_url, on_this_node
 from actors.engines.identity import identity, pinned
 from actors.training.reward_settings import Pair
 from pipelines import report
-from pipelines.cluster import join_or_start, told_by
+from pipelines.cluster import join_or_start
 from pipelines.config import Flags, changes_rows, resolved
-from pipelines.corpus.runs import ABSENT, digest
-from pipelines.corpus.storage import Storage
+from pipelines.corpus.runs import ABSENT
+from pipelines.corpus.storage import SCRATCH, Storage
 from pipelines.job import DONE
 from pipelines.placement import Need, wait_until_placeable
+from pipelines.progress import watched
 from pipelines.settings import code_version
 from pipelines.training.material import digest_of, encoder, gather
 from pipelines.training.reward_report import RECORD, card, print_dry_run, print_pairs, print_summary, result
@@ -33,10 +35,13 @@ from pipelines.training.reward_settings import TrainRewardConfig
 
 if TYPE_CHECKING:
     from actors.training.bradley_terry import Step
+    from actors.training.place import Place
+    from pipelines.training.on_ray import Tell
 
 STATE = ".training"
 """Folder below the output root that holds what a run needs to go on; it goes when the model is there."""
 BEGUN = "run.json"
+CURVE = "losses.jsonl"
 FINISHED = "config.json"
 RECENT = 50
 """Steps that progress is reckoned from."""
@@ -118,17 +123,24 @@ def _held(root: Path, made_of: dict[str, Any]) -> Iterator[bool]:
         yield True
         return
     storage = Storage(str(state))
+    if not state.exists() and root.is_dir() and any(root.iterdir()):
+        raise ConfigError(f"{root} holds something that is none of this job's: take another output.root")
     storage.fs.told("making it", lambda: state.mkdir(parents=True, exist_ok=True))
     with (state / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"another process trains in {root}: wait for it, or take another output.root") from None
+        if (root / FINISHED).exists():  # by one that had the lock meanwhile
+            _check(_known(root / RECORD), made_of, f"{root} holds a model that is there already")
+            yield True
+            return
         if storage.exists(BEGUN):
             _check(_known(state / BEGUN), made_of, f"{root} holds what another run has begun")
         storage.put(BEGUN, json.dumps({"fingerprint": made_of}).encode())
         yield False
         shutil.rmtree(state)
+        shutil.rmtree(root / SCRATCH, ignore_errors=True)
 
 
 def _known(path: Path) -> dict[str, Any]:
@@ -158,67 +170,83 @@ def _train(work: Work) -> None:
     if run.num_workers == 0:
         on_worker(work)
         return
-    from ray.train import LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
-
     need, site = Need("training", run.num_workers, 1, float(run.use_gpu)), work.config.site
     join_or_start(site.ray_address, run.num_workers)
     wait_until_placeable([need], run.wait_for_resources_s, say_every_s=site.log_every_s, announce=report.say)
-    trainer = TorchTrainer(
-        _on_ray_worker,
-        train_loop_config={"work": work},
-        scaling_config=ScalingConfig(num_workers=run.num_workers, use_gpu=run.use_gpu),
-        run_config=RunConfig(
-            name="ray", storage_path=str(work.root / STATE), logging_config=LoggingConfig(log_level="ERROR")
-        ),
-    )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        if told := told_by(error):
-            raise told from None
-        raise
+    from pipelines.training.on_ray import fitted
+
+    moved_at = time.monotonic()
+    said = f"asked for {need.ask}; no process has begun"
+
+    def diagnosis() -> Iterator[str]:
+        yield said
+        yield "checkpoints are kept; the same command resumes"
+
+    with watched(lambda: time.monotonic() - moved_at, diagnosis, run.stall_minutes * 60):
+        for kind, what in fitted(_on_ray, {"work": work}, run.num_workers, run.use_gpu, run.max_failures):
+            moved_at = time.monotonic()
+            if kind == "line":
+                said = what
+                report.say(what)
 
 
-def _on_ray_worker(arguments: dict[str, Any]) -> None:
-    on_worker(arguments["work"])
+def _on_ray(given: dict[str, Any], place: "Place", tell: "Tell") -> None:
+    on_worker(given["work"], say=lambda line: tell("line", line), alive=lambda: tell("alive", None))
 
 
-def on_worker(work: Work) -> None:
+def on_worker(work: Work, say: Callable[[str], None] = report.say, alive: Callable[[], None] = lambda: None) -> None:
     """One worker's part: train with the others where there are any, score what is held out, and, as the first of them,
-    write the model."""
+    write the model.
+
+    Args:
+        say: tells a person a line.
+        alive: called after each step.
+    """
     import torch  # takes seconds to import, as what needs it does
 
     from actors.engines.prompts import load_tokenizer
-    from actors.training.bradley_terry import CURVE, load_base, margins_of, rank_and_size, train
-    from actors.training.checkpoint import publish_model
+    from actors.training.bradley_terry import State, Step, load_base, margins_of, rank_and_size, train
+    from actors.training.place import Place
+    from pipelines.training import checkpoints
 
     training, run = work.config.training, work.config.run
     if run.num_threads is not None:
         torch.set_num_threads(run.num_threads)
-    base, state = on_this_node(work.base), work.root / STATE
+    base, state = on_this_node(work.base), Storage(str(work.root / STATE))
     model = load_base(base, training.num_layers)
-    made_of, tell = digest(work.record["fingerprint"]), _progress(work.config.site.log_every_s)
-    steps = train(model, work.train, training, state, made_of, run.checkpoint_s, tell)
-    is_first = rank_and_size()[0] == 0
-    if is_first:
-        report.say(f"scoring {len(work.held_out)} held-out pairs")
+    place = Place(*rank_and_size(), model.device)
+    begun, last_step = None, place.agreed(checkpoints.last_step(state))
+    if last_step:
+        found = checkpoints.load(state, last_step)
+        begun = found.state, [Step(**each) for each in found.history]  # type: ignore[arg-type]
+
+    def keep(found: State, steps: Sequence[Step]) -> None:
+        checkpoints.save(state, checkpoints.Checkpoint(len(steps), [asdict(each) for each in steps], found))
+
+    progress = _progress(work.config.site.log_every_s, say)
+
+    def tell(steps: Sequence[Step], num_steps: int) -> None:
+        progress(steps, num_steps)
+        alive()
+
+    steps = train(model, work.train, training, begun, keep, run.checkpoint_s, tell)
+    if place.rank == 0:
+        say(f"scoring {len(work.held_out)} held-out pairs")
     margins = margins_of(model, work.held_out, training.batch_tokens)
-    if not is_first:
+    if place.rank:
         return
     record = {**work.record, "result": result(len(work.train), steps, work.held_out, margins)}
-
-    def write(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         model.save_pretrained(folder)
         load_tokenizer(base.model, base.revision).save_pretrained(folder)
-        shutil.copyfile(state / CURVE, folder / CURVE)
+        (folder / CURVE).write_text("".join(f"{json.dumps(asdict(each))}\n" for each in steps), "utf-8")
         (folder / RECORD).write_text(json.dumps(record, indent=1), "utf-8")
         (folder / "README.md").write_text(card(work.root.name, model_label(work.base), record), "utf-8")
+        checkpoints.publish(Storage(str(work.root)), folder, last=[FINISHED])
 
-    publish_model(work.root, state / "model", write)
 
-
-def _progress(every_s: float) -> Callable[[Sequence["Step"], int], None]:
+def _progress(every_s: float, say: Callable[[str], None]) -> Callable[[Sequence["Step"], int], None]:
     """What tells a person, every so many seconds, how far the steps are."""
     told_at = time.monotonic()
     is_first = True
@@ -226,13 +254,13 @@ def _progress(every_s: float) -> Callable[[Sequence["Step"], int], None]:
     def tell(steps: Sequence["Step"], num_steps: int) -> None:
         nonlocal told_at, is_first
         if is_first and steps:
-            report.say(f"resumed: {len(steps)} of {num_steps} steps are done")
+            say(f"resumed: {len(steps)} of {num_steps} steps are done")
         elif not is_first and time.monotonic() - told_at >= every_s:
             told_at = time.monotonic()
             recent = steps[-RECENT:]
             seconds = sum(each.seconds for each in recent)
             eta = timedelta(seconds=round((num_steps - len(steps)) * seconds / len(recent)))
-            report.say(
+            say(
                 f"step {len(steps)}/{num_steps}: loss {np.mean([each.loss for each in recent]):.4f}, "
                 f"{sum(each.num_tokens for each in recent) / seconds:.0f} tokens/s, ETA {eta}"
             )

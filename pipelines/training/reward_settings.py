@@ -52,10 +52,13 @@ class RewardRunConfig:
     use_gpu: bool = option(False, "a GPU for each process, which must hold the whole model; without, a CPU")
     num_threads: int | None = option(None, "CPU threads of a process; null: torch's own choice")
     checkpoint_s: float = option(300.0, "seconds between checkpoints: what a crash loses at most")
+    max_failures: int = option(2, "deaths of Ray Train's processes after which the job goes on by itself")
+    stall_minutes: float = option(30.0, "with Ray Train: end with exit code 4 after so long without a step")
     wait_for_resources_s: float = option(600.0, "seconds to wait for nodes that an autoscaling cluster may add")
 
     def __post_init__(self) -> None:
-        refuse_unless(self, "0 or more", "num_workers", "checkpoint_s")
+        refuse_unless(self, "0 or more", "num_workers", "checkpoint_s", "max_failures")
+        refuse_unless(self, "more than 0", "stall_minutes")
         if self.num_threads is not None and self.num_threads < 1:
             raise ConfigError(f"num_threads must be at least 1, or null, got {self.num_threads}")
 

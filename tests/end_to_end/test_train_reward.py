@@ -164,7 +164,7 @@ def test_killed_and_run_again_it_has_the_same_losses_and_the_same_weights(
     root = new_folder() / "polite"
     given = [*trained.arguments, f"output.root={root}", "run.checkpoint_s=0"]
     job = lone_command_line.start_command([sys.executable, SCRIPT, *given])
-    begun = root / ".training" / "losses.jsonl"
+    begun = root / ".training" / "metrics.jsonl"
     job.until(lambda: begun.exists() and len(begun.read_text().splitlines()) >= 20, "20 steps were taken")
     job.process.kill()
     job.process.wait()
@@ -249,6 +249,11 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     assert main([*arguments, f"output.root={tiny_llama}"]) == 2
     assert "holds a model that is there already, and it is none of this job's" in capsys.readouterr().err
     assert files(tiny_llama) == before
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/README.md").write_text("a dataset's card")
+    assert main([*arguments, f"output.root={tmp_path / 'corpus'}"]) == 2
+    assert "corpus holds something that is none of this job's: take another output.root" in capsys.readouterr().err
+    assert files(tmp_path / "corpus") == {"README.md": b"a dataset's card"}
     (tmp_path / "file").write_text("mine")
     assert main([*arguments, f"output.root={tmp_path / 'file'}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,12 +1,12 @@
 """The loss is the formula, a step is what plain PyTorch would do, and neither depends on how pairs are batched."""
 
+import io
 import math
-import os
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,7 @@ from actors.contract import ConfigError
 from actors.engines.base import ScoringConfig
 from actors.training import bradley_terry as module
 from actors.training.bradley_terry import (
-    CHECKPOINT,
-    CURVE,
+    State,
     Step,
     bradley_terry,
     load_base,
@@ -30,7 +29,6 @@ from actors.training.bradley_terry import (
     pieces,
     train,
 )  # fmt: skip
-from actors.training.checkpoint import load_checkpoint, save_checkpoint
 from actors.training.reward_settings import Pair, RewardTrainingConfig
 from tests.tiny_models import build_tiny_llama, build_tiny_reward
 
@@ -40,6 +38,10 @@ CONFIG = RewardTrainingConfig(
 
 
 def silent(steps: Sequence[Step], num_steps: int) -> None:
+    pass
+
+
+def forget(state: State, steps: Sequence[Step]) -> None:
     pass
 
 
@@ -95,10 +97,10 @@ def test_its_gradient_is_that_of_finite_differences() -> None:
 # --- steps ----------------------------------------------------------------------------------------------------------
 
 
-def test_steps_are_those_of_plain_pytorch(base: ScoringConfig, pairs: list[Pair], tmp_path: Path) -> None:
+def test_steps_are_those_of_plain_pytorch(base: ScoringConfig, pairs: list[Pair]) -> None:
     """All pairs in each step, text by text through the model as Hugging Face has it, learning rates written out."""
     model = load_base(base, None)
-    steps = train(model, pairs, replace(CONFIG, batch_tokens=100), tmp_path, "x", 1e9, silent)
+    steps = train(model, pairs, replace(CONFIG, batch_tokens=100), None, forget, 1e9, silent)
 
     plain = AutoModelForSequenceClassification.from_pretrained(base.model, num_labels=1, dtype=torch.float32)
     plain.score.weight.data.zero_()
@@ -131,14 +133,13 @@ def score(model: Any, text: Sequence[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("batch_tokens", [1, 150, 100_000])
 def test_margins_and_losses_do_not_depend_on_how_pairs_are_batched(
-    base: ScoringConfig, pairs: list[Pair], tmp_path: Path, batch_tokens: int
+    base: ScoringConfig, pairs: list[Pair], batch_tokens: int
 ) -> None:
     found = []
-    for number, tokens in enumerate((batch_tokens, 60)):
+    for tokens in (batch_tokens, 60):
         model = load_base(base, None)
-        (tmp_path / str(number)).mkdir()
         config = replace(CONFIG, batch_tokens=tokens, batch_size=3, num_epochs=1)
-        steps = train(model, pairs, config, tmp_path / str(number), "x", 1e9, silent)
+        steps = train(model, pairs, config, None, forget, 1e9, silent)
         found.append([*(step.loss for step in steps), *margins_of(model, pairs, tokens)])
     assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-4)
     assert max(found[0]) - min(found[0]) > 0.05
@@ -199,18 +200,17 @@ class Ranks:
 
 
 def test_two_ranks_take_the_steps_of_one(
-    base: ScoringConfig, pairs: list[Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: ScoringConfig, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In steps of three pairs: one rank has more of them than the other, which in the last step has none."""
     config = replace(CONFIG, batch_size=3, num_epochs=2)
     told: list[int] = []
 
     def work(model: PreTrainedModel) -> tuple[list[Step], list[float]]:
-        steps = train(model, pairs, config, tmp_path, "x", 1e9, lambda steps, num_steps: told.append(len(steps)))
+        steps = train(model, pairs, config, None, forget, 1e9, lambda steps, num_steps: told.append(len(steps)))
         return steps, margins_of(model, pairs, 100)
 
     expected, expected_margins = work(load_base(base, None))
-    (tmp_path / CHECKPOINT).unlink()
     ranks = Ranks()
     monkeypatch.setattr(module, "rank_and_size", ranks.rank_and_size)
     monkeypatch.setattr(module, "dist", ranks)
@@ -227,11 +227,11 @@ def test_two_ranks_take_the_steps_of_one(
 
 @pytest.mark.parametrize(("num_layers", "expected"), [(0, ()), (1, ("model.layers.1.",)), (None, ("model.",))])
 def test_only_the_last_layers_and_the_head_are_trained(
-    base: ScoringConfig, pairs: list[Pair], tmp_path: Path, num_layers: int | None, expected: tuple[str, ...]
+    base: ScoringConfig, pairs: list[Pair], num_layers: int | None, expected: tuple[str, ...]
 ) -> None:
     model = load_base(base, num_layers)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    train(model, pairs, replace(CONFIG, weight_decay=0.0), tmp_path, "x", 1e9, silent)
+    train(model, pairs, replace(CONFIG, weight_decay=0.0), None, forget, 1e9, silent)
     changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
     assert changed == {name for name in before if name.startswith(("score.", *expected))}
 
@@ -249,66 +249,37 @@ def test_a_reward_model_goes_on_from_its_head(tmp_path: Path) -> None:
     assert plain.score.weight.abs().max() > 0
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(base: ScoringConfig, pairs: list[Pair], tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run(base: ScoringConfig, pairs: list[Pair]) -> None:
     config = replace(CONFIG, learning_rate=1e30, head_learning_rate=1e30, num_epochs=9)
     with pytest.raises(ConfigError, match=r"^the loss of step [2-9] is (nan|inf): lower training\.learning_rate$"):
-        train(load_base(base, None), pairs, config, tmp_path, "x", 1e9, silent)
+        train(load_base(base, None), pairs, config, None, forget, 1e9, silent)
 
 
 # --- going on -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
-    base: ScoringConfig, pairs: list[Pair], tmp_path: Path
-) -> None:
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(base: ScoringConfig, pairs: list[Pair]) -> None:
     config = replace(CONFIG, batch_size=2)
-    for name in ("whole", "stopped"):
-        (tmp_path / name).mkdir()
     whole = load_base(base, None)
-    expected = train(whole, pairs, config, tmp_path / "whole", "x", 1e9, silent)
+    expected = train(whole, pairs, config, None, forget, 1e9, silent)
+    kept: list[bytes] = []
+
+    def keep(state: State, steps: Sequence[Step]) -> None:
+        file = io.BytesIO()  # the state as it is now: the next step changes it
+        torch.save((state, list(map(asdict, steps))), file)
+        kept.append(file.getvalue())
 
     def stop(steps: Sequence[Step], num_steps: int) -> None:
         if len(steps) == 7:  # between two checkpoints
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(load_base(base, None), pairs, config, tmp_path / "stopped", "x", 0, stop)
-    assert len((tmp_path / "stopped" / CURVE).read_text().splitlines()) == 7
+        train(load_base(base, None), pairs, config, None, keep, 0, stop)
+    state, steps = torch.load(io.BytesIO(kept[-1]), weights_only=True)
     told: list[int] = []
     model = load_base(base, None)
-    found = train(model, pairs, config, tmp_path / "stopped", "x", 0, lambda steps, num_steps: told.append(len(steps)))
+    begun = state, [Step(**each) for each in steps]
+    found = train(model, pairs, config, begun, forget, 0, lambda steps, num_steps: told.append(len(steps)))
     assert told == [6, *range(7, 13)], "one step is taken again"
     assert [replace(step, seconds=0) for step in found] == [replace(step, seconds=0) for step in expected]
     assert all(torch.equal(weight, whole.get_parameter(name)) for name, weight in model.named_parameters())
-    with pytest.raises(ValueError, match="another run"):
-        train(load_base(base, None), pairs, config, tmp_path / "stopped", "y", 0, silent)
-
-
-def test_whoever_is_killed_while_saving_leaves_the_checkpoint_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / CHECKPOINT
-    assert load_checkpoint(path) is None
-    save_checkpoint(path, {"weights": {"a": torch.arange(3.0)}, "steps": [{"step": 1, "loss": 0.5}]})
-
-    def killed(source: Path, target: Path) -> None:
-        raise SystemExit
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", killed)
-        with pytest.raises(SystemExit):
-            save_checkpoint(path, {"weights": {}, "steps": []})
-    found = load_checkpoint(path)
-    assert found is not None
-    assert torch.equal(found["weights"]["a"], torch.arange(3.0)) and found["steps"] == [{"step": 1, "loss": 0.5}]
-
-
-def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return (os.mkdir, (str(tmp_path / "made"),))
-
-    torch.save({"weights": Evil()}, tmp_path / CHECKPOINT)
-    with pytest.raises(Exception, match="Weights only load failed"):
-        load_checkpoint(tmp_path / CHECKPOINT)
-    assert not (tmp_path / "made").exists()

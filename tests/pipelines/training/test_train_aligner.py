@@ -16,10 +16,12 @@ from actors.engines.adapters import on_this_node
 from actors.engines.base import DraftingConfig, Request
 from actors.engines.identity import pinned
 from actors.engines.torch_engine import TorchEngine
+from actors.training.place import Place
 from pipelines.corpus.storage import Storage
 from pipelines.train_aligner import main
 from pipelines.training import aligner as job
 from pipelines.training import aligner_worker as worker
+from pipelines.training import on_ray
 from tests.pipelines.training.fabricated import publish_trajectories, row
 from tests.tiny_models import build_tiny_llama
 
@@ -42,12 +44,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def fitted(config: Any, work: worker.Work) -> Iterator[tuple[str, Any]]:
+    def fitted(work: Any, given: dict[str, Any], *run: Any) -> Iterator[tuple[str, Any]]:
         told: list[tuple[str, Any]] = []
-        worker.Process(work, worker.Place(), lambda kind, what: told.append((kind, what))).run()
+        worker.Process(given["work"], Place(), lambda kind, what: told.append((kind, what))).run()
         yield from told
 
-    monkeypatch.setattr(job, "_fitted", fitted)
+    monkeypatch.setattr(on_ray, "fitted", fitted)
     monkeypatch.setattr("pipelines.cluster.join_or_start", lambda *arguments: None)
     monkeypatch.setattr(job, "wait_until_placeable", lambda *arguments, **more: None)
     monkeypatch.setenv("BURNISH_CACHE", str(tmp_path / "cache"))

@@ -1,12 +1,15 @@
 """Checkpoints on a disk and on an object store: whole, the last ones kept, never written over."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from actors.contract import ConfigError
+from actors.contract import ConfigError, TransientError
 from pipelines.corpus.storage import Storage
 from pipelines.training import checkpoints
 from pipelines.training.checkpoints import Checkpoint
@@ -57,3 +60,32 @@ def test_one_that_is_not_there_is_told(local_output: Storage) -> None:
         ConfigError, match=r"the checkpoint of step 6 here: every process must see the same output\.root"
     ):
         checkpoints.load(local_output, 6)
+
+
+def test_a_checkpoint_runs_no_code(local_output: Storage, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (os.mkdir, (str(tmp_path / "made"),))
+
+    checkpoints.save(local_output, Checkpoint(5, [], {"weights": Evil()}))
+    with pytest.raises(Exception, match="Weights only load failed"):
+        checkpoints.load(local_output, 5)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_full_disk_is_an_outage_of_the_root(local_output: Storage) -> None:
+    """What writes says so, as files do: torch's own writer tells no cause."""
+
+    def full(path: Path) -> Path:
+        path.symlink_to("/dev/full")
+        return path
+
+    create_file = Storage.create_file
+
+    def created(self: Storage, path: str, write: Callable[[Path], None]) -> bool:
+        return create_file(self, path, lambda scratch: write(full(scratch)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Storage, "create_file", created)
+        with pytest.raises((TransientError, OSError), match="No space left on device"):
+            checkpoints.save(local_output, checkpoint(5))

@@ -1,0 +1,99 @@
+"""Processes of Ray Train, for every job that trains: started, listened to, and ended with what they came to."""
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import ray.train
+import ray.train.torch
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.util.queue import Empty, Queue
+
+from actors.contract import ConfigError, TransientError
+from actors.training.place import Place
+
+Tell = Callable[[str, Any], None]
+"""Tells the driver something of a kind, and what there is to say of it."""
+Work = Callable[[dict[str, Any], Place, Tell], None]
+"""One process's part: what it is given, where it stands, and how it tells of it. Of the others than the first nothing
+is heard but what they fail of."""
+
+
+class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray has no types
+    """Without a detached actor that outlives the job, and that fails where Ray has no dashboard."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        found = super()._create_default_callbacks()
+        return [each for each in found if not isinstance(each, PlacementGroupCleanerCallback)]
+
+
+def fitted(
+    work: Work, given: dict[str, Any], num_workers: int, use_gpu: bool, max_failures: int
+) -> Iterator[tuple[str, Any]]:
+    """What the processes tell, as they do, until all have come to their end.
+
+    Args:
+        max_failures: deaths of processes after which all are started again.
+
+    Raises what they raised for a person, or Ray Train's own error.
+    """
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths of the config, and PYTHONPATH's, are this folder's
+    os.environ.setdefault(
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0"
+    )  # it warns at every start, and decides nothing here
+    told = Queue(actor_options={"num_cpus": 0})
+    with tempfile.TemporaryDirectory() as scratch:  # Ray Train's own notes: the checkpoints are ours
+        trainer = _Trainer(
+            _process,
+            train_loop_config={"work": work, "given": given, "told": told},
+            torch_config=ray.train.torch.TorchConfig(timeout_s=24 * 3600),  # one evaluates while others wait for it
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=num_workers,
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})},
+            ),
+            run_config=ray.train.RunConfig(
+                name="training",
+                storage_path=scratch,
+                failure_config=ray.train.FailureConfig(max_failures=max_failures),
+                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        ended: Future[None] = Future()
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+                ended.set_result(None)
+            except BaseException as error:
+                ended.set_exception(error)
+
+        # Not in the main thread, where Ray Train would take Ctrl-C for itself.
+        threading.Thread(target=fit, name="ray-train", daemon=True).start()
+        while not ended.done() or not told.empty():
+            try:
+                kind, what = told.get(timeout=1)
+            except Empty:
+                continue
+            if kind == "failed":
+                raise what
+            yield kind, what
+        ended.result()
+
+
+def _process(arguments: dict[str, Any]) -> None:
+    context = ray.train.get_context()
+    place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+
+    def tell(kind: str, what: Any) -> None:
+        if place.rank == 0 or kind == "failed":
+            arguments["told"].put((kind, what))
+
+    try:
+        arguments["work"](arguments["given"], place, tell)
+    except (ConfigError, TransientError) as error:
+        tell("failed", error)
+        raise
