@@ -77,8 +77,9 @@ def evaluate(
     answered: Sequence[tuple[Question, Row]], reward: Engine | None, said: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
     """Means over the questions: `iterations` to converge; `tokens` of the aligned answers; `changed`, the share that is
-    not its response any more; and with a reward `response` and `aligned`, their `gain` and the half-width of its 95 %
-    interval, `gain_95`, over the `scored` questions of which both could be.
+    not its response any more; `cut`, the share that ends at `max_tokens`, where responses may not; and with a reward
+    `response` and `aligned`, their `gain` and the half-width of its 95 % interval, `gain_95`, over the `scored`
+    questions of which both could be.
 
     Args:
         said: called whenever a text has been scored.
@@ -87,6 +88,7 @@ def evaluate(
         "iterations": _mean([row.iterations for _, row in answered]),
         "tokens": _mean([len(row.tokens) for _, row in answered]),
         "changed": _mean([row.text.strip() != asked.answer for asked, row in answered]),
+        "cut": _mean([row.finish_reason == "length" for _, row in answered]),
     }
     if reward is None:
         return told

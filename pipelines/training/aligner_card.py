@@ -1,5 +1,6 @@
 """The model card of a trained aligner: what it was made of, by which command, and what it came to."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,25 +44,35 @@ def model_card(
         "## How it was made",
         "",
         "```bash",
-        record["command"],
+        without_limit(record["command"]),
         "```",
         "",
         f"Code version {record['code_version']}; {counts['trajectories']} trajectories, {counts['left_out']} more left "
-        f"out for their prompts; {counts['steps']} steps, seed {training.seed}, "
+        f"out for their prompts, {counts['cut']} best answers cut at max_tokens; "
+        f"{counts['steps']} steps, seed {training.seed}, "
         f"{sum(each['tokens'] for each in steps):.0f} tokens of best answers in "
         f"{sum(each['seconds'] for each in steps) / 3600:.2f} hours of training; "
         f"{config.run.num_workers} x {'GPU' if config.run.use_gpu else 'CPU'}.",
     ]
-    lines += _losses(steps)
+    lines += _losses(steps, training.omega)
     lines += _evaluations(history, config)
     lines += made_with(dict(record))
     return "\n".join([*lines, ""])
 
 
-def _losses(steps: Sequence[Record]) -> list[str]:
+def without_limit(command: str) -> str:
+    """The command that makes the whole model, where the first one was to stop early."""
+    words = shlex.split(command)
+    if "--limit" in words:
+        at = words.index("--limit")
+        del words[at : at + 2]
+    return shlex.join(words)
+
+
+def _losses(steps: Sequence[Record], omega: float) -> list[str]:
     tenth = max(1, len(steps) // 10)
     rows = [
-        f"| {name} | {_mean(some, 'ar'):.4g} | {_mean(some, 'con'):.4g} |"
+        f"| {name} | {_mean(some, 'ar'):.4g} | {format(_mean(some, 'con'), '.4g') if omega else 'not computed'} |"
         for name, some in (("first tenth of the steps", steps[:tenth]), ("last tenth", steps[-tenth:]))
     ]
     return ["", "## Losses", "", "| mean over trajectories | L_AR | L_Con |", "|---|---|---|", *rows]
@@ -76,8 +87,8 @@ def _evaluations(history: Sequence[Record], config: TrainAlignerConfig) -> list[
         "The first of the dataset's split `validation`, each with one of its worse answers, which is aligned to the "
         "fixed point by plain Jacobi iteration.",
         "",
-        "| steps | iterations to converge | tokens | changed | reward before | after | gain (95 %) |",
-        "|---|---|---|---|---|---|---|",
+        "| steps | iterations to converge | tokens | changed | cut | reward before | after | gain (95 %) |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for each in found:
         gain = ["-", "-", "-"]
@@ -85,6 +96,7 @@ def _evaluations(history: Sequence[Record], config: TrainAlignerConfig) -> list[
             gain = [f"{each['response']:.4g}", f"{each['aligned']:.4g}", f"{each['gain']:+.4g} ± {each['gain_95']:.2g}"]
         lines.append(
             f"| {each['step']:.0f} | {each['iterations']:.2f} | {each['tokens']:.1f} | {each['changed']:.1%} | "
+            f"{each['cut']:.1%} | "
             f"{' | '.join(gain)} |"
         )
     if config.reward is not None:

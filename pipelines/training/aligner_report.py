@@ -29,7 +29,8 @@ class Progress:
             self._began_at = time.monotonic()
             self.state = f"{self._begun['step']} of {self._begun['steps']} steps are done"
             left_out = f" ({self._begun['left_out']} left out)" if self._begun["left_out"] else ""
-            report.say(f"training: {self._begun['trajectories']} trajectories{left_out}, {self.state}")
+            cut = f", {self._begun['cut']} best answers cut at max_tokens" if self._begun["cut"] else ""
+            report.say(f"training: {self._begun['trajectories']} trajectories{left_out}{cut}, {self.state}")
         elif kind == "evaluation":
             report.say(evaluation_line(what))
         elif kind == "step":
@@ -51,7 +52,8 @@ def evaluation_line(found: Record) -> str:
     """What an evaluation came to, in a line."""
     told = (
         f"evaluation after {found['step']:.0f} steps: {found['iterations']:.2f} iterations to converge, "
-        f"{found['tokens'] / found['iterations']:.2f} tokens each, {found['changed']:.1%} of answers changed"
+        f"{found['tokens'] / found['iterations']:.2f} tokens each, {found['changed']:.1%} of answers changed, "
+        f"{found['cut']:.1%} cut at max_tokens"
     )
     if "gain" not in found:
         return told
@@ -71,19 +73,22 @@ def print_dry_run(
     from actors.engines.prompts import render_prompt
     from actors.training.trajectories import vocabulary
     from pipelines.training import checkpoints
-    from pipelines.training.aligner_worker import Work, load_split, num_steps
+    from pipelines.training.aligner_worker import Work, held_out_of, load_split, num_cut, num_steps
 
     words = vocabulary(described(base) if base_of(base) is None else on_this_node(base))
     work = Work(config, base, dataset, output, record["parts"], record)
     trajectories, left_out = load_split(work, words, "train")
     if not trajectories:
         raise ConfigError(f"split `train` of {dataset.url} holds no trajectory that can be used")
-    held_out = load_split(work, words, "validation")[0]
+    held_out = held_out_of(work, words)
     steps, done = num_steps(work, trajectories), checkpoints.last_step(output)
     states = [state for each in trajectories for state in each.states]
     tokens = sum(each.length for each in trajectories) * (2 if config.training.omega else 1)
     print(f"trajectories: {len(trajectories)} to train on, {left_out} left out; {len(held_out)} held out")
-    print(f"answers: {len(states)}, {sum(map(len, states)) / len(states):.1f} tokens each")
+    print(
+        f"answers: {len(states)}, {sum(map(len, states)) / len(states):.1f} tokens each; "
+        f"{num_cut(trajectories, words)} best answers cut at max_tokens"
+    )
     print(
         f"steps: {steps} of {config.training.batch_size} trajectories, {done} done; about "
         f"{tokens * config.training.num_epochs / 1e6:.3g} million tokens in all"

@@ -66,6 +66,24 @@ def load_split(work: Work, words: Vocabulary, split: str) -> tuple[list[Trajecto
     return found, len(rows) - len(found)
 
 
+def num_cut(trajectories: list[Trajectory], words: Vocabulary) -> int:
+    """Of how many the best answer is longer than `max_tokens`: they teach no end."""
+    return sum(int(each.states[-1][-1]) not in words.end for each in trajectories)
+
+
+def held_out_of(work: Work, words: Vocabulary) -> list[Trajectory]:
+    """What evaluations ask; [] where there are none. Raises ConfigError where there is nothing to ask."""
+    if not work.config.evaluation.every:
+        return []
+    found = load_split(work, words, "validation")[0]
+    if not found:
+        raise ConfigError(
+            f"{work.dataset.url} has no split `validation`: build it with prompts.validation_fraction=0.05, or set "
+            "evaluation.every=0"
+        )
+    return found
+
+
 def num_steps(work: Work, trajectories: list[Trajectory]) -> int:
     """Steps of the whole training."""
     training = work.config.training
@@ -86,20 +104,21 @@ class Process:
         trajectories, num_left_out = load_split(work, self.words, "train")
         if not trajectories:
             raise ConfigError(f"split `train` of {work.dataset.url} holds no trajectory that can be used")
-        held_out = load_split(work, self.words, "validation")[0] if self.config.evaluation.every else []
-        if self.config.evaluation.every and not held_out:
-            raise ConfigError(
-                f"{work.dataset.url} has no split `validation`: build it with prompts.validation_fraction=0.05, or set "
-                "evaluation.every=0"
-            )
-        self.asked = questions(held_out, self.config.evaluation.num_prompts, self.config.training.seed)
+        self.asked = questions(
+            held_out_of(work, self.words), self.config.evaluation.num_prompts, self.config.training.seed
+        )
         self.num_steps = num_steps(work, trajectories)
         self.trainer = Trainer(
             self.config.training, self.base, trajectories, self.num_steps,
             parallel=self.config.run.parallel, place=place,
         )  # fmt: skip
         self.history: list[Record] = []
-        self.counts = {"trajectories": len(trajectories), "left_out": num_left_out, "steps": self.num_steps}
+        self.counts = {
+            "trajectories": len(trajectories),
+            "left_out": num_left_out,
+            "cut": num_cut(trajectories, self.words),
+            "steps": self.num_steps,
+        }
 
     def run(self) -> None:
         """From the last checkpoint to the end, or as far as `stop`."""

@@ -101,4 +101,4 @@ def test_the_gain_is_that_over_the_policy_s_answers_of_which_both_have_a_score(t
     assert (found["scored"], found["response"], found["aligned"], found["gain"]) == (2, 1.5, 2.5, 1.0)
     assert found["gain_95"] == pytest.approx(1.96 * math.sqrt(2) / math.sqrt(2))  # of gains 2 and 0
     assert len(said) == 5
-    assert set(evaluate(answered, None)) == {"iterations", "tokens", "changed"}
+    assert set(evaluate(answered, None)) == {"iterations", "tokens", "changed", "cut"}

@@ -109,7 +109,9 @@ def test_a_training_ends_in_a_folder_that_an_engine_takes_as_it_is(
     header = yaml.safe_load(card.split("---")[1])
     assert header["library_name"] == ("transformers" if more else "peft")
     assert "python pipelines/train_aligner.py " in card and "training.omega=2" in card
-    assert "12 trajectories, 0 more left out for their prompts; 6 steps, seed 0" in card
+    assert (
+        "12 trajectories, 0 more left out for their prompts, 0 best answers cut at max_tokens; 6 steps, seed 0" in card
+    )
     assert "The reward is `rules`." in card
     use, made = (
         block.replace("\\\n", " ").strip().splitlines() for block in re.findall(r"```bash\n(.*?)```", card, re.DOTALL)
@@ -140,6 +142,7 @@ def test_with_limits_it_stops_and_goes_on_to_the_same_end(
     assert promised(again) == promised(tmp_path / "out")
     weights = [(root / "adapter_model.safetensors").read_bytes() for root in (again, tmp_path / "out")]
     assert weights[0] == weights[1]
+    assert "--limit" not in (again / "README.md").read_text()  # its command makes the whole model
 
 
 def test_no_folder_is_a_model_s_before_all_of_it_is_there(
@@ -171,6 +174,15 @@ def test_a_folder_that_was_not_finished_is_finished(
     (root / "metrics.jsonl").unlink()  # killed before that, too
     assert main(command("evaluation.every=0")) == 0
     assert {path.name: path.read_bytes() for path in root.glob("*.*") if path.is_file()} == before
+
+
+def test_answers_that_are_longer_than_what_is_trained_on_are_told(
+    command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command("training.max_tokens=4"), "--dry-run"]) == 0
+    assert "12 best answers cut at max_tokens" in capsys.readouterr().out
+    assert main([*command("training.max_tokens=4"), "--limit", "4"]) == 0
+    assert "12 trajectories, 12 best answers cut at max_tokens, 0 of" in capsys.readouterr().err
 
 
 def test_it_goes_on_with_the_data_it_began_with(
@@ -218,6 +230,8 @@ def test_mistakes_are_told_in_one_line(
         (["reward=rules", "reward.rules={nonsense: 1}"], "reward.rules.nonsense: there is no such rule"),
     ):
         given = [each for each in command(root=tmp_path / "mistaken") if each.split("=")[0] not in str(more)]
+        assert main([*given, *more, "--dry-run"]) == 2
+        assert told in capsys.readouterr().err
         assert main([*given, *more]) == 2
         (line,) = [each for each in capsys.readouterr().err.splitlines() if each.startswith("error: ")]
         assert told in line
