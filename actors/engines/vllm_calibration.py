@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from actors.contract import ConfigError
 from actors.engines.vllm_drafts import DraftFolder, numbered
 
+VERSION = 2
+"""Counted up when the same machine comes to be measured otherwise: what was kept before is then measured anew."""
 LEAST_WITHOUT = 0.97
 """Drafts are out where poor ones would leave less than this of the tokens per second: they may cost 5 % in all."""
 LEAST_WITH = 1.1
@@ -31,7 +34,9 @@ FAILED_FOR_S = 3600.0
 """How long a failure is kept: for the engines that start beside it or after a death, but not for the next night."""
 PROMPT_TOKENS = 128
 STEPS = 8
-REPEATS = 3
+REPEATS = 5
+FALLEN = 0.5
+"""Share of the most tokens per second, below which more positions are not looked at."""
 
 Start = Callable[[int], AsyncLLM]
 """Starts vLLM with a proposer of at most so many guesses, or without one for 0."""
@@ -94,7 +99,7 @@ def calibrated(key: dict[str, Any], measure: Callable[[], Calibration]) -> Calib
 
     Raises NotMeasured where `measure` raises ConfigError or RuntimeError, and for FAILED_FOR_S seconds after that.
     """
-    key = json.loads(json.dumps(key, default=str))  # as it is read again
+    key = json.loads(json.dumps(key | {"version": VERSION}, default=str))  # as it is read again
     folder = Path(os.environ.get("BURNISH_CACHE") or "~/.cache/burnish").expanduser() / "calibration"
     path = folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
     with contextlib.ExitStack() as held:
@@ -133,8 +138,8 @@ def _keep(path: Path, values: dict[str, Any]) -> None:
 def measure(start: Start, *, num_requests: int, max_guesses: int, max_model_len: int, num_words: int) -> Calibration:
     """Start vLLM twice, for some seconds each: without a proposer, and with one whose guesses are all wrong.
 
-    Guesses that are wrong cost a step what right ones do. The positions rise until tokens per second fall even if all
-    guesses were right.
+    Guesses that are wrong cost a step what right ones do. The positions rise until tokens per second are FALLEN of the
+    most there were, even if all guesses were right: a step of two positions may be slower than one of four.
     """
     generator = np.random.default_rng(0)
     length = max(1, min(PROMPT_TOKENS, max_model_len - STEPS - max_guesses - 2))
@@ -149,7 +154,7 @@ def measure(start: Start, *, num_requests: int, max_guesses: int, max_model_len:
             for num in numbers:
                 curve[count * (1 + num)] = await _step_s(llm, prompts[:count], drafts, folder, num)
                 paces = [positions / seconds for positions, seconds in curve.items()]
-                if paces[-1] < max(paces):
+                if paces[-1] < FALLEN * max(paces):
                     break
         return found
 
@@ -177,7 +182,8 @@ async def _step_s(
     folder: DraftFolder | None = None,
     num_guesses: int = 0,
 ) -> float:
-    """Seconds of a step with this many wrong guesses at each request. The least of some, as all else is disturbance."""
+    """Seconds of a step with this many wrong guesses at each request: the median of what STEPS more steps take, each
+    time beside the same without them, which a slower minute slows alike."""
 
     async def make(number: int, max_tokens: int) -> None:
         how = SamplingParams(
@@ -197,4 +203,4 @@ async def _step_s(
 
     await elapsed(2)  # reads the prompts, which are cached from now on
     pairs = [(await elapsed(1), await elapsed(1 + STEPS)) for _ in range(REPEATS)]
-    return (min(long for _, long in pairs) - min(short for short, _ in pairs)) / STEPS
+    return statistics.median(long - short for short, long in pairs) / STEPS

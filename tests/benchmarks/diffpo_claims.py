@@ -62,6 +62,8 @@ UNSEEN = ("alpaca-7b", "vicuna-7b-v1.5", "gemma-2b-it")
 TIMES = (1, 2, 4, 8)
 SAMPLES = 6
 RESAMPLES = 10_000
+SCORED = 100
+"""Texts of each arm whose log probability is taken."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +282,8 @@ def table(held: Held, arms: dict[str, Arm], judged: dict[str, np.ndarray], base:
         print(
             f"| {name} | {judged[name].mean():.3f} | {interval(gain)} | {interval(wins, '.0%')} "
             f"| {np.mean(arm.tokens):.1f} ({more:+.1f}) | {np.mean(edits):.2f} "
-            f"| {fluency(base, held.chats(), arm.texts):.2f} | {rate} | {interval(best - judged[name])} |"
+            f"| {fluency(base, held.chats()[:SCORED], arm.texts[:SCORED]):.2f} | {rate} "
+            f"| {interval(best - judged[name])} |"
         )
 
 

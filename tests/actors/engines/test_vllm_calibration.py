@@ -97,6 +97,27 @@ def test_engines_that_start_together_measure_once() -> None:
     assert len(measured) == 1
 
 
+def test_more_positions_are_measured_behind_a_kink_and_not_far_behind_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two positions a request are dearer than four, as on some CPUs; beyond eight the arithmetic sets the pace."""
+    seconds = {0: 0.04, 1: 0.09, 3: 0.05, 7: 0.06, 15: 0.30, 31: 0.60}
+
+    async def step_s(llm: Any, prompts: list[Any], *_: Any) -> float:
+        return seconds[_[-1] if _ else 0]
+
+    monkeypatch.setattr(vllm_calibration, "_step_s", step_s)
+    engine = SimpleNamespace(shutdown=lambda timeout: None)
+    found = vllm_calibration.measure(
+        lambda num: engine,
+        num_requests=4,
+        max_guesses=31,
+        max_model_len=512,
+        num_words=64,  # type: ignore[arg-type]
+    )
+    assert list(found.drafting[4]) == [4, 8, 16, 32, 64]
+    assert list(found.drafting[1]) == [1, 2, 4, 8, 16]
+    assert found.most == pytest.approx(8 * 0.04 / 0.06)
+
+
 def config_of(folder: Path, **settings: Any) -> DraftingConfig:
     return DraftingConfig(**{"engine": "vllm", "model": str(folder), "max_num_seqs": 8, **settings})
 
