@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.end_to_end.conftest import RayHead, Reference, tiny_pool
 from tests.end_to_end.jobs import STAGES, CommandLine, corpus, followers, num_units
@@ -45,6 +46,7 @@ def test_vllm_in_both_pools_makes_the_rows_that_torch_makes_and_leaves_no_proces
     assert len({row["aligned"][0]["text"] for row in rows}) > 30
 
 
+@pytest.mark.long
 def test_a_tensor_parallel_aligner_says_what_one_process_says_though_a_rank_is_killed(
     ray_head: RayHead, command_line: CommandLine, job: list[str], reference: Reference, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ def damage(site: Site, name: str, change: Callable[[bytes], bytes]) -> None:
     root.put(f"units/{name}", change(root.read(f"units/{name}")))
 
 
+@pytest.mark.long
 def test_a_job_that_is_killed_on_an_object_store_goes_on_where_it_was_though_units_are_damaged(site: Site) -> None:
     """Of what it has committed one unit loses its end, which is seen before a plan is made, and one has a byte flipped
     in a page, which is seen when it is read for a part that a plan counts on. Both are made again."""

@@ -13,6 +13,7 @@ UNITS = r"/units/.*\.parquet"
 WHENEVER = 10_000
 
 
+@pytest.mark.long
 def test_every_fault_of_a_bad_night_together_changes_no_row(site: Site) -> None:
     """All kinds at once, a tenth of the requests each at most, and certainly at those that matter most."""
     site.proxy.rules = [
