@@ -125,6 +125,7 @@ class Process:
         config, step = self.config, self._resumed()
         stop = self.num_steps if self.work.stop is None else min(self.num_steps, self.work.stop)
         self.tell("begun", {**self.counts, "step": step, "stop": stop})
+        state: State | None = None  # after the last step, where that was asked for
         if step == 0 and config.evaluation.every:
             self._evaluate(step, self.trainer.state())
         while step < stop:
@@ -141,7 +142,7 @@ class Process:
                 if self.place.rank == 0:
                     checkpoints.save(self.work.output, Checkpoint(step, self.history, state))
         if step == self.num_steps:
-            state = self.trainer.state()
+            state = self.trainer.state() if state is None else state
             if self.place.rank == 0:
                 self._publish(state)
 

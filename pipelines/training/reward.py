@@ -117,9 +117,7 @@ def _held(root: Path, made_of: dict[str, Any]) -> Iterator[bool]:
     Raises ConfigError where another process trains there, or where another model is there or has been begun.
     """
     state = root / STATE
-    if (root / FINISHED).exists():
-        _check(_known(root / RECORD), made_of, f"{root} holds a model that is there already")
-        shutil.rmtree(state, ignore_errors=True)  # of a run that was killed when all was done
+    if _is_finished(root, made_of):
         yield True
         return
     storage = Storage(str(state))
@@ -131,8 +129,7 @@ def _held(root: Path, made_of: dict[str, Any]) -> Iterator[bool]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"another process trains in {root}: wait for it, or take another output.root") from None
-        if (root / FINISHED).exists():  # by one that had the lock meanwhile
-            _check(_known(root / RECORD), made_of, f"{root} holds a model that is there already")
+        if _is_finished(root, made_of):  # by one that had the lock meanwhile
             yield True
             return
         if storage.exists(BEGUN):
@@ -141,6 +138,17 @@ def _held(root: Path, made_of: dict[str, Any]) -> Iterator[bool]:
         yield False
         shutil.rmtree(state)
         shutil.rmtree(root / SCRATCH, ignore_errors=True)
+
+
+def _is_finished(root: Path, made_of: dict[str, Any]) -> bool:
+    """Whether the model of `made_of` is there: then nothing is left of its making. Raises ConfigError where another
+    is."""
+    if not (root / FINISHED).exists():
+        return False
+    _check(_known(root / RECORD), made_of, f"{root} holds a model that is there already")
+    shutil.rmtree(root / STATE, ignore_errors=True)  # of a run that was killed when all was done
+    shutil.rmtree(root / SCRATCH, ignore_errors=True)
+    return True
 
 
 def _known(path: Path) -> dict[str, Any]:
