@@ -3,7 +3,6 @@
 import importlib.util
 import shlex
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -16,8 +15,6 @@ from pipelines.config import Flags, resolved
 from pipelines.corpus.lease import Lease
 from pipelines.corpus.runs import create_run, digest, latest_run
 from pipelines.corpus.storage import Storage
-from pipelines.placement import Need, wait_until_placeable
-from pipelines.progress import watched
 from pipelines.settings import SiteConfig, check_rules, code_version
 from pipelines.training.aligner_report import Progress, print_dry_run, print_summary
 from pipelines.training.aligner_settings import TrainAlignerConfig, fingerprint
@@ -116,28 +113,13 @@ def _train(
     flags: Flags,
 ) -> None:
     """Run the processes until they are done. Raises what they raised for a person, or Ray Train's own error."""
-    from pipelines.cluster import join_or_start
-
-    run = config.run
-    need = Need("training", run.num_workers, 1, float(run.use_gpu))
-    join_or_start(config.site.ray_address, need.count * need.cpus)
-    wait_until_placeable([need], run.wait_for_resources_s, say_every_s=config.site.log_every_s, announce=report.say)
-    from pipelines.training import checkpoints
+    from pipelines.training import checkpoints, on_ray  # which import torch, and take seconds
     from pipelines.training.aligner_worker import Work, train
-    from pipelines.training.on_ray import fitted
 
     stop = None
     if flags.limit is not None:  # counted from here, however often processes die on the way
         stop = checkpoints.last_step(output) + -(-flags.limit // config.training.batch_size)
     work = Work(config, base, dataset, output, record["parts"], record, stop)
     progress = Progress(config.site.log_every_s)
-    moved_at = time.monotonic()
-
-    def diagnosis() -> Iterator[str]:
-        yield f"asked for {need.ask}; {progress.state}"
-        yield "checkpoints are kept; the same command resumes"
-
-    with watched(lambda: time.monotonic() - moved_at, diagnosis, run.stall_minutes * 60):
-        for kind, what in fitted(train, {"work": work}, run.num_workers, run.use_gpu, run.max_failures):
-            moved_at = time.monotonic()
-            progress.show(kind, what)
+    for kind, what in on_ray.trained(train, {"work": work}, config.run, config.site, lambda: progress.state):
+        progress.show(kind, what)

@@ -1,11 +1,12 @@
-"""Processes of Ray Train, for every job that trains: started, listened to, and ended with what they came to."""
+"""Processes of Ray Train, for every job that trains: placed, started, listened to, and ended with what they came to."""
 
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Protocol
 
 import ray.train
 import ray.train.torch
@@ -14,12 +15,59 @@ from ray.util.queue import Empty, Queue
 
 from actors.contract import ConfigError, TransientError
 from actors.training.place import Place
+from pipelines import report
+from pipelines.cluster import join_or_start
+from pipelines.placement import Need, wait_until_placeable
+from pipelines.progress import watched
+from pipelines.settings import SiteConfig
 
 Tell = Callable[[str, Any], None]
 """Tells the driver something of a kind, and what there is to say of it."""
 Work = Callable[[dict[str, Any], Place, Tell], None]
 """One process's part: what it is given, where it stands, and how it tells of it. Of the others than the first nothing
 is heard but what they fail of."""
+
+
+class Run(Protocol):
+    """What `run` of a job that trains says of its processes."""
+
+    @property
+    def num_workers(self) -> int: ...
+    @property
+    def use_gpu(self) -> bool: ...
+    @property
+    def max_failures(self) -> int: ...
+    @property
+    def stall_minutes(self) -> float: ...
+    @property
+    def wait_for_resources_s(self) -> float: ...
+
+
+def trained(
+    work: Work, given: dict[str, Any], run: Run, site: SiteConfig, state: Callable[[], str]
+) -> Iterator[tuple[str, Any]]:
+    """What the processes tell, as they do, on the cluster that the site names, from when it has room for them.
+
+    Ends this process with exit code 4 where they tell nothing for `run.stall_minutes`.
+
+    Args:
+        state: how far they are, for a person who must find out why they stand still.
+
+    Raises as `fitted`, and TransientError where no room comes.
+    """
+    need = Need("training", run.num_workers, 1, float(run.use_gpu))
+    join_or_start(site.ray_address, need.count * need.cpus)
+    wait_until_placeable([need], run.wait_for_resources_s, say_every_s=site.log_every_s, announce=report.say)
+    moved_at = time.monotonic()
+
+    def diagnosis() -> Iterator[str]:
+        yield f"asked for {need.ask}; {state()}"
+        yield "checkpoints are kept; the same command resumes"
+
+    with watched(lambda: time.monotonic() - moved_at, diagnosis, run.stall_minutes * 60):
+        for each in fitted(work, given, run.num_workers, run.use_gpu, run.max_failures):
+            moved_at = time.monotonic()
+            yield each
 
 
 class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray has no types

@@ -21,13 +21,10 @@ from actors.engines.by_url import is_url, on_this_node
 from actors.engines.identity import identity, pinned
 from actors.training.reward_settings import Pair
 from pipelines import report
-from pipelines.cluster import join_or_start
 from pipelines.config import Flags, changes_rows, resolved
 from pipelines.corpus.runs import ABSENT
 from pipelines.corpus.storage import SCRATCH, Storage
 from pipelines.job import DONE
-from pipelines.placement import Need, wait_until_placeable
-from pipelines.progress import watched
 from pipelines.settings import code_version
 from pipelines.training.material import digest_of, encoder, gather
 from pipelines.training.reward_report import RECORD, card, print_dry_run, print_pairs, print_summary, result
@@ -178,24 +175,13 @@ def _train(work: Work) -> None:
     if run.num_workers == 0:
         on_worker(work)
         return
-    need, site = Need("training", run.num_workers, 1, float(run.use_gpu)), work.config.site
-    join_or_start(site.ray_address, run.num_workers)
-    wait_until_placeable([need], run.wait_for_resources_s, say_every_s=site.log_every_s, announce=report.say)
-    from pipelines.training.on_ray import fitted
+    from pipelines.training import on_ray  # which takes seconds to import
 
-    moved_at = time.monotonic()
-    said = f"asked for {need.ask}; no process has begun"
-
-    def diagnosis() -> Iterator[str]:
-        yield said
-        yield "checkpoints are kept; the same command resumes"
-
-    with watched(lambda: time.monotonic() - moved_at, diagnosis, run.stall_minutes * 60):
-        for kind, what in fitted(_on_ray, {"work": work}, run.num_workers, run.use_gpu, run.max_failures):
-            moved_at = time.monotonic()
-            if kind == "line":
-                said = what
-                report.say(what)
+    said = ["no process has begun"]
+    for kind, what in on_ray.trained(_on_ray, {"work": work}, run, work.config.site, lambda: said[-1]):
+        if kind == "line":
+            said.append(what)
+            report.say(what)
 
 
 def _on_ray(given: dict[str, Any], place: "Place", tell: "Tell") -> None:
@@ -250,7 +236,7 @@ def on_worker(work: Work, say: Callable[[str], None] = report.say, alive: Callab
         load_tokenizer(base.model, base.revision).save_pretrained(folder)
         (folder / CURVE).write_text("".join(f"{json.dumps(asdict(each))}\n" for each in steps), "utf-8")
         (folder / RECORD).write_text(json.dumps(record, indent=1), "utf-8")
-        (folder / "README.md").write_text(card(work.root.name, model_label(work.base), record), "utf-8")
+        (folder / "README.md").write_text(card(work.root.name, work.base, record), "utf-8")
         checkpoints.publish(Storage(str(work.root)), folder, last=[FINISHED])
 
 
