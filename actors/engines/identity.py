@@ -44,6 +44,11 @@ def pinned(config: Config, section: str) -> Config:
     return replace(config, revision=_commit(config.model, config.revision, section))
 
 
+def hub_id(config: EngineConfig) -> str | None:
+    """The hub id of a pinned model; None where it is a folder or a URL."""
+    return None if is_url(config.model) or Path(config.model).is_absolute() else config.model
+
+
 def base_of(config: Config, section: str = "base") -> Config | None:
     """The config of the model that an adapter (a peft folder) is for, pinned; None where the model is a whole one.
 

@@ -115,7 +115,7 @@ async def _scores(
         except RowError:
             return None
         said()
-        return found.score
+        return found.score if found.score is not None and math.isfinite(found.score) else None
 
     async def both(asked: Question, row: Row) -> tuple[float | None, float | None]:
         before, after = await asyncio.gather(score(asked, asked.answer), score(asked, row.text.strip()))

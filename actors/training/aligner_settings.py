@@ -57,7 +57,7 @@ class TrainingConfig:
             "num_epochs", "batch_size", "micro_batch_size", "learning_rate", "lora_alpha", "max_grad_norm",
             "max_prompt_tokens",
         )  # fmt: skip
-        refuse_unless(self, "0 or more", "omega", "lora_rank", "weight_decay")
+        refuse_unless(self, "0 or more", "omega", "lora_rank", "weight_decay", "seed")
         if self.max_tokens < 2:
             raise ConfigError(f"max_tokens must be 2 or more, got {self.max_tokens}")
         if not 0 <= self.warmup_fraction <= 1:

@@ -50,7 +50,7 @@ class RewardTrainingConfig:
             self, "more than 0",
             "num_epochs", "batch_size", "batch_tokens", "learning_rate", "head_learning_rate", "max_tokens",
         )  # fmt: skip
-        refuse_unless(self, "0 or more", "weight_decay")
+        refuse_unless(self, "0 or more", "weight_decay", "seed")
         if not 0 <= self.warmup_fraction < 1:
             raise ConfigError(f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}")
         if self.num_layers is not None and self.num_layers < 0:

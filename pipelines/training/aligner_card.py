@@ -6,17 +6,24 @@ from typing import Any
 
 import yaml
 
+from actors.engines.base import EngineConfig
+from actors.engines.identity import hub_id
 from pipelines.corpus.card import made_with
 from pipelines.training.aligner_settings import TrainAlignerConfig
 from pipelines.training.checkpoints import Record
 
 
 def model_card(
-    config: TrainAlignerConfig, record: Mapping[str, Any], counts: Mapping[str, int], history: Sequence[Record]
+    config: TrainAlignerConfig,
+    base: EngineConfig,
+    record: Mapping[str, Any],
+    counts: Mapping[str, int],
+    history: Sequence[Record],
 ) -> str:
     """README.md of the model's folder.
 
     Args:
+        base: the model that was trained, pinned.
         record: the run's: command, code_version, fingerprint.
         counts: trajectories used and left_out, and steps.
         history: records of all steps and evaluations.
@@ -28,8 +35,8 @@ def model_card(
         "pipeline_tag": "text-generation",
         "tags": ["alignment", "diffpo", "jacobi-decoding", "burnish"],
     }
-    if training.model.count("/") == 1 and not training.model.startswith((".", "~", "/")):  # a hub id
-        header["base_model"] = training.model
+    if (found := hub_id(base)) is not None:
+        header["base_model"] = found
     lines = ["---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "", f"# {config.output.title}", ""]
     kind = f"a LoRA adapter of rank {training.lora_rank} for" if training.lora_rank else "all weights of"
     lines += [

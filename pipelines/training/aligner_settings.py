@@ -85,10 +85,12 @@ class TrainAlignerConfig:
 
 
 def fingerprint(config: TrainAlignerConfig, base: EngineConfig, parts: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """Everything that can change the weights, by dotted key."""
+    """Everything that can change the weights, or what evaluations tell of them, by dotted key."""
     return {
         **{f"training.{key}": value for key, value in changes_rows(config.training).items()},
         "training.model": f"{config.training.model} ({identity(base)})",
         "training.version": VERSION,
+        "evaluation.num_prompts": config.evaluation.num_prompts,
+        "reward": None if config.reward is None else config.reward.label,
         "input.parts": [part["sha256"][:16] for part in parts],
     }

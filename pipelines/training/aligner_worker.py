@@ -190,7 +190,7 @@ class Process:
         """
         training, base = self.config.training, self.work.base
         name = training.model if training.model.startswith("~") else base.model
-        card = model_card(self.config, self.work.record, self.counts, self.history)
+        card = model_card(self.config, base, self.work.record, self.counts, self.history)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             models.write(training, self.base, state["weights"], folder, adapts=(name, base.revision))

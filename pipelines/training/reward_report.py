@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
+from actors.candidates import model_label
 from actors.engines.base import ScoringConfig
 from actors.engines.by_url import on_this_node
 from actors.engines.footprint import footprint
+from actors.engines.identity import hub_id
 from actors.training.accuracy import Accuracy, accuracy_of
 from actors.training.reward_settings import Pair, RewardTrainingConfig, num_steps_of
 from pipelines.training.material import Material
@@ -104,18 +106,20 @@ def print_summary(root: Path, record: Mapping[str, Any]) -> None:
     print(f"model: {root} (reward.engine=torch reward.model={root})")
 
 
-def card(name: str, base: str, record: Mapping[str, Any]) -> str:
-    """The model card: what it is, how it was made, and how often it is right."""
+def card(name: str, base: ScoringConfig, record: Mapping[str, Any]) -> str:
+    """The model card: what it is, how it was made, and how often it is right. The base model is pinned."""
+    found = hub_id(base)
     header = {
-        "base_model": base,
+        **({} if found is None else {"base_model": found}),
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
         "tags": ["reward-model", "bradley-terry", "burnish"],
     }
     lines = ["---", yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(), "---", "", f"# {name}", ""]
     lines += [
-        f"A reward model: {base} with a head of one label, trained by burnish on preference pairs with Bradley and "
-        "Terry's loss. Scores of answers to one prompt can be compared; nothing else of them means anything.",
+        f"A reward model: {model_label(base)} with a head of one label, trained by burnish on preference pairs with "
+        "Bradley and Terry's loss. Scores of answers to one prompt can be compared; nothing else of them means "
+        "anything.",
         "",
         *(f"- {line}" for line in _told(record["result"])),
         "",

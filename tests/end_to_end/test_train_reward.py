@@ -137,6 +137,7 @@ def test_the_folder_is_a_model_with_its_card(trained: Trained) -> None:
     assert f"python {SCRIPT} {' '.join(trained.arguments)} output.root={trained.root}" in card
     assert "accuracy 100.0% (95%: " in card and "seed 0" in card and "`pairs.parquet`" in card
     assert "library_name: transformers" in card.split("---")[1]
+    assert "base_model" not in card.split("---")[1], "that would have to be a hub id, and it is a folder here"
 
 
 def test_the_reward_pool_scores_as_plain_transformers_does(

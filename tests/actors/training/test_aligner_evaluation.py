@@ -69,14 +69,14 @@ def test_the_answers_that_stand_for_a_policy_s_are_the_same_each_time(trajectori
 
 
 class Words:
-    """Scores a text by its words; `bad` cannot be scored."""
+    """Scores a text by its words; `bad` cannot be scored, and the score of `odd` is no number."""
 
     async def generate(self, request: Request) -> Completion:
         assert request.prompt[0][0] == "user" and request.prompt[-1][0] == "assistant"
         text = request.prompt[-1][1]
         if text == "bad":
             raise RowError("reward_failed", "")
-        return Completion("", None, None, None, score=float(len(text.split())))
+        return Completion("", None, None, None, score=math.nan if text == "odd" else float(len(text.split())))
 
     def stats(self) -> EngineStats:
         return EngineStats(0, 0, 0)
@@ -94,11 +94,12 @@ def test_the_gain_is_that_over_the_policy_s_answers_of_which_both_have_a_score(t
         return Question(trajectory, 0), row
 
     answered = [pair(0, "one", "one two three ", 2), pair(1, "one two", "one two", 4), pair(2, "one", "bad", 6)]
+    answered.append(pair(3, "one", "odd", 4))
     said: list[None] = []
     found = evaluate(answered, Words(), lambda: said.append(None))
     assert found["iterations"] == 4 and found["tokens"] == 4
-    assert found["changed"] == pytest.approx(2 / 3)
+    assert found["changed"] == pytest.approx(3 / 4)
     assert (found["scored"], found["response"], found["aligned"], found["gain"]) == (2, 1.5, 2.5, 1.0)
     assert found["gain_95"] == pytest.approx(1.96 * math.sqrt(2) / math.sqrt(2))  # of gains 2 and 0
-    assert len(said) == 5
+    assert len(said) == 7
     assert set(evaluate(answered, None)) == {"iterations", "tokens", "changed", "cut"}

@@ -46,6 +46,7 @@ def test_the_training_of_the_embedded_aligner_is_a_config() -> None:
     ("arguments", "told"),
     [
         (["training.omega=-1"], "training.omega must be 0 or more"),
+        (["training.seed=-1"], "training.seed must be 0 or more"),
         (["training.batch_size=0"], "training.batch_size must be more than 0"),
         (["training.max_tokens=1"], "training.max_tokens must be 2 or more"),
         (["training.warmup_fraction=2"], "training.warmup_fraction must be in [0, 1]"),

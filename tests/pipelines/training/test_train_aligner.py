@@ -19,7 +19,6 @@ from actors.engines.torch_engine import TorchEngine
 from actors.training.place import Place
 from pipelines.corpus.storage import Storage
 from pipelines.train_aligner import main
-from pipelines.training import aligner as job
 from pipelines.training import aligner_worker as worker
 from pipelines.training import on_ray
 from tests.pipelines.training.fabricated import publish_trajectories, row
@@ -50,8 +49,8 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         yield from told
 
     monkeypatch.setattr(on_ray, "fitted", fitted)
-    monkeypatch.setattr("pipelines.cluster.join_or_start", lambda *arguments: None)
-    monkeypatch.setattr(job, "wait_until_placeable", lambda *arguments, **more: None)
+    monkeypatch.setattr(on_ray, "join_or_start", lambda *arguments: None)
+    monkeypatch.setattr(on_ray, "wait_until_placeable", lambda *arguments, **more: None)
     monkeypatch.setenv("BURNISH_CACHE", str(tmp_path / "cache"))
 
 
@@ -108,6 +107,7 @@ def test_a_training_ends_in_a_folder_that_an_engine_takes_as_it_is(
     card = (root / "README.md").read_text()
     header = yaml.safe_load(card.split("---")[1])
     assert header["library_name"] == ("transformers" if more else "peft")
+    assert "base_model" not in header  # it would have to be a hub id
     assert "python pipelines/train_aligner.py " in card and "training.omega=2" in card
     assert (
         "12 trajectories, 0 more left out for their prompts, 0 best answers cut at max_tokens; 6 steps, seed 0" in card
@@ -202,6 +202,7 @@ def test_it_goes_on_with_the_data_it_began_with(
     [
         (["training.omega=3"], "output.root holds a training of another config: training.omega was 2.0 and is 3.0"),
         (["training.seed=1"], "training.seed was 0 and is 1. Run it with the old values"),
+        (["evaluation.num_prompts=3"], "evaluation.num_prompts was 2 and is 3"),  # its table would mix the two
     ],
 )
 def test_another_config_on_the_same_root_is_refused(
