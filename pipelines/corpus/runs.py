@@ -21,6 +21,15 @@ def digest(fingerprint: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """What differs between two fingerprints, by key, each in words: `KEY was X and is Y`."""
+    return {
+        key: f"{key} was {before.get(key, ABSENT)!r} and is {now.get(key, ABSENT)!r}"
+        for key in sorted({*before, *now})
+        if before.get(key, ABSENT) != now.get(key, ABSENT)
+    }
+
+
 def latest_run(output: Storage) -> dict[str, Any] | None:
     """The last run record; None before the first run."""
     number = _last_number(output)
@@ -116,13 +125,11 @@ def check_fingerprint(
     While committed units wait to be published another fingerprint is never accepted: one partition, one making. After
     that it takes `run.accept_changes=true`, and applies to new rows only; to keys that are `fixed` it never does.
     """
-    changes = [key for key in sorted({*before, *now}) if before.get(key, ABSENT) != now.get(key, ABSENT)]
-    if not changes or not (has_unpublished or has_published):
+    found = changes(before, now)
+    if not found or not (has_unpublished or has_published):
         return
-    bound = [key for key in changes if key in fixed and not has_unpublished]
-    told = "; ".join(
-        f"{key} was {before.get(key, ABSENT)!r} and is {now.get(key, ABSENT)!r}" for key in bound or changes
-    )
+    bound = [told for key, told in found.items() if key in fixed and not has_unpublished]
+    told = "; ".join(bound or found.values())
     if bound:
         raise ConfigError(
             f"the config has changed since the last partition: {told}. "

@@ -13,7 +13,7 @@ from actors.engines.identity import pinned
 from pipelines import report
 from pipelines.config import Flags, resolved
 from pipelines.corpus.lease import Lease
-from pipelines.corpus.runs import create_run, digest, latest_run
+from pipelines.corpus.runs import changes, create_run, digest, latest_run
 from pipelines.corpus.storage import Storage
 from pipelines.settings import SiteConfig, check_rules, code_version
 from pipelines.training.aligner_report import Progress, print_dry_run, print_summary
@@ -81,13 +81,10 @@ def _record(
         raise ConfigError(f"{dataset.url} has no split `train`")
     made_of = fingerprint(config, base, parts)
     if before is not None:
-        was = before["fingerprint"]
-        changes = [key for key in sorted({*was, *made_of}) if was.get(key) != made_of.get(key)]
-        if changes:
-            told = "; ".join(f"{key} was {was.get(key)!r} and is {made_of.get(key)!r}" for key in changes)
+        if found := changes(before["fingerprint"], made_of):
             raise ConfigError(
-                f"output.root holds a training of another config: {told}. Run it with the old values, or take another "
-                "output.root"
+                f"output.root holds a training of another config: {'; '.join(found.values())}. Run it with the old "
+                "values, or take another output.root"
             )
         return before
     return {

@@ -22,7 +22,7 @@ from actors.engines.identity import identity, pinned
 from actors.training.reward_settings import Pair
 from pipelines import report
 from pipelines.config import Flags, changes_rows, resolved
-from pipelines.corpus.runs import ABSENT
+from pipelines.corpus.runs import changes
 from pipelines.corpus.storage import SCRATCH, Storage
 from pipelines.job import DONE
 from pipelines.settings import code_version
@@ -160,10 +160,8 @@ def _check(before: dict[str, Any], now: dict[str, Any], what: str) -> None:
     """Raises ConfigError that names what differs."""
     if not before:
         raise ConfigError(f"{what}, and it is none of this job's: take another output.root")
-    keys = [key for key in sorted({*before, *now}) if before.get(key, ABSENT) != now.get(key, ABSENT)]
-    if keys:
-        told = "; ".join(f"{key} was {before.get(key, ABSENT)!r} and is {now.get(key, ABSENT)!r}" for key in keys)
-        raise ConfigError(f"{what}: {told}. Take another output.root, or delete that folder")
+    if found := changes(before, now):
+        raise ConfigError(f"{what}: {'; '.join(found.values())}. Take another output.root, or delete that folder")
 
 
 # --- where the steps are taken --------------------------------------------------------------------------------------

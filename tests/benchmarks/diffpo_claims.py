@@ -53,7 +53,8 @@ from actors.engines.prompts import encode_prompt, load_tokenizer
 from actors.engines.torch_engine import TorchEngine
 from actors.policy import PolicyConfig
 from actors.recipes import aligner_input
-from actors.rewards.rules import RULES
+from actors.reward import RewardConfig
+from actors.rewards.rules import RuleEngine
 from pipelines.config import CONF
 from pipelines.preferences.semantic import embeddings
 
@@ -196,7 +197,7 @@ def generated(held: Held, args: argparse.Namespace) -> tuple[dict[str, Arm], lis
         for times in TIMES if not name else ():
             config = replace(trained, max_iterations=times)
             arms[f"T = {times}"] = made(f"T = {times}", config, aligned(config, held, response.texts), args)
-        for times, label in ((4, "T = 4"), (None, "fixed point")) if not name else ():
+        for times, label in ((4, "T = 4"), (8, "T = 8"), (None, "fixed point")) if not name else ():
             config = replace(trained, max_iterations=times)
             nothing = aligned(config, held, [""] * len(held.ids))
             arms[f"{label}, without response"] = made(f"{label}, without response", config, nothing, args)
@@ -240,15 +241,14 @@ def made(name: str, config: AlignerConfig | PolicyConfig, requests: list[Request
 
 def best_of(held: Held, samples: Sequence[Arm]) -> Arm:
     """Of each prompt's samples the best by the reward that the training ranked by."""
-    weights = yaml.safe_load((CONF / "reward/answers.yaml").read_text())["rules"]
+    engine = RuleEngine(RewardConfig(**yaml.safe_load((CONF / "reward/answers.yaml").read_text())))
 
-    def score(prompt: str, text: str) -> float:
-        chat = [{"role": "user", "content": prompt}]
-        return sum(weight * RULES[name](chat, text) for name, weight in weights.items())
+    async def scores(sample: Arm) -> list[float]:
+        asked = [(*chat, ("assistant", text)) for chat, text in zip(held.chats(), sample.texts, strict=True)]
+        return [(await engine.generate(Request(each, seed=0))).score or 0.0 for each in asked]
 
-    chosen = [
-        max(samples, key=lambda sample: score(prompt, sample.texts[place])) for place, prompt in enumerate(held.prompts)
-    ]
+    scored = np.array([asyncio.run(scores(sample)) for sample in samples])
+    chosen = [samples[number] for number in scored.argmax(axis=0)]
     return Arm(
         [sample.texts[place] for place, sample in enumerate(chosen)],
         [sample.tokens[place] for place, sample in enumerate(chosen)],
@@ -310,8 +310,7 @@ def converged(aligner: Arm, control: Arm) -> None:
     """Plain Jacobi's iterations, of the aligner and of the control, on the same prompts."""
     ours, theirs = (np.array(arm.iterations, float) for arm in (aligner, control))
     tokens = [np.mean(arm.tokens) for arm in (aligner, control)]
-    places = np.random.default_rng(0).integers(len(ours), size=(RESAMPLES, len(ours)))
-    low, high = np.percentile(theirs[places].mean(axis=1) / ours[places].mean(axis=1), [2.5, 97.5])
+    low, high = np.percentile(resampled(theirs) / resampled(ours), [2.5, 97.5])
     print(
         f"\niterations to converge: {ours.mean():.1f} for {tokens[0]:.1f} tokens, control {theirs.mean():.1f} for "
         f"{tokens[1]:.1f}: {theirs.mean() / ours.mean():.2f}x fewer (95%: {low:.2f} to {high:.2f}); per token "
@@ -327,9 +326,15 @@ def points(arms: dict[str, Arm], judged: dict[str, np.ndarray]) -> list[tuple[st
 
 def interval(values: np.ndarray, form: str = "+.3f") -> str:
     """Mean and 95 % bootstrap percentiles over prompts."""
-    places = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.percentile(np.asarray(values, float)[places].mean(axis=1), [2.5, 97.5])
+    low, high = np.percentile(resampled(values), [2.5, 97.5])
     return f"{np.mean(values):{form}} ({low:{form}} to {high:{form}})"
+
+
+def resampled(values: np.ndarray) -> np.ndarray:
+    """float64[RESAMPLES]: means over prompts drawn with replacement, the same ones for values of as many prompts."""
+    places = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    means: np.ndarray = np.asarray(values, float)[places].mean(axis=1)
+    return means
 
 
 def edit_distance(a: Sequence[str], b: Sequence[str]) -> float:
