@@ -1,10 +1,10 @@
 """What a forward costs, and how many guesses are worth it.
 
 A forward reads all weights, however few positions it runs. Up to a knee the memory sets the pace, and more positions
-cost next to nothing: every row gets the whole block that it can fill. Beyond the knee the arithmetic does, and a guess
-must earn its keep: it is worth the chance p that it stays, its price is the time dc/dn of one more position, and where
-E tokens are made in c seconds it pays while p >= dc/dn * E / c. The choice that maximises E / c does just that,
-whatever the shape of c, and is found by adding the guesses of all rows in order of their chances.
+cost next to nothing: every row gets all guesses that have a chance, LEAST_CHANCE at least. Beyond the knee the
+arithmetic does, and a guess must earn its keep: it is worth the chance p that it stays, its price is the time dc/dn of
+one more position, and where E tokens are made in c seconds it pays while p >= dc/dn * E / c. The choice that maximises
+E / c does just that, whatever the shape of c, and is found by adding the guesses of all rows in order of their chances.
 
 With poor drafts beyond the knee that leaves one position a row, which is plain decoding.
 """

@@ -97,6 +97,8 @@ class DecodeLoop:
         max_num_seqs: int,
         kv_cache_tokens: int,
     ) -> None:
+        if max_iterations is not None and cost is not None:
+            raise ValueError("a number of iterations is over the whole response: no guess of it may be weighed")
         self.forward = forward
         self.decode = decode
         self.eos = list(eos)

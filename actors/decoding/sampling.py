@@ -43,7 +43,7 @@ def draw(logits: Tensor, draws: np.ndarray, *, temperature: float, top_k: int | 
         Token ids [rows].
     """
     scaled = logits.float() / temperature
-    u = torch.from_numpy(draws).to(scaled.device)[:, None]
+    u = torch.from_numpy(draws).to(scaled.device, non_blocking=True)[:, None]  # else it would wait for the logits
     if top_k is None and top_p == 1:
         return _invert_all(scaled.softmax(-1), u).tolist()
     vocabulary = scaled.shape[1]

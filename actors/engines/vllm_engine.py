@@ -5,7 +5,6 @@ import copy
 import difflib
 import itertools
 import os
-import platform
 import re
 import sys
 from dataclasses import fields
@@ -38,7 +37,7 @@ from actors.engines.prompts import (
     end_of_turn,
     load_tokenizer,
 )
-from actors.engines.vllm_calibration import NotMeasured, calibrated, measure
+from actors.engines.vllm_calibration import NotMeasured, calibrated, measure, processor
 from actors.engines.vllm_drafts import MAX_GUESSES, Costs, DraftFolder, DraftProposer, Outcome
 
 AUTO_MAX_SEQS = 128
@@ -237,7 +236,7 @@ def _decoder(config: EngineConfig, num_threads: int, plain: VllmConfig) -> tuple
         "vllm": vllm_version, "model": config.model, "identity": identity(config), "dtype": config.dtype,
         "max_num_seqs": config.max_num_seqs, "max_guesses": max_guesses, "engine_kwargs": config.engine_kwargs,
         "tensor_parallel_size": config.tensor_parallel_size, "max_model_len": plain.model_config.max_model_len,
-        "device": [platform.machine(), num_threads] if current_platform.is_cpu() else device,
+        "device": [processor(), num_threads] if current_platform.is_cpu() else device,
     }  # fmt: skip
     try:
         found = calibrated(

@@ -249,6 +249,17 @@ def test_prefills_wait_for_an_eighth_of_the_slots(llama: PreTrainedModel) -> Non
     assert len(recorder.prefills) <= 2 * 64 / 4
 
 
+def test_a_row_that_ends_makes_room_for_the_next(llama: PreTrainedModel) -> None:
+    loop = make_loop(llama, max_num_seqs=16, eos=[])
+    for i, prompt in enumerate(make_prompts(64)):
+        loop.submit(Row(prompt, 2 + i % 7, seed=0))
+    fewest = 16
+    while loop.waiting:
+        loop.step()
+        fewest = min(fewest, len(loop.active) if loop.waiting else fewest)
+    assert 16 - fewest <= 16 // 8 + 16 // 7 + 1  # what is waited for, and what ends in one step
+
+
 @pytest.mark.parametrize("bound", [128, 300, 1000])
 def test_cache_stays_within_its_bound(llama: PreTrainedModel, bound: int) -> None:
     loop = make_loop(llama, max_num_seqs=32, kv_cache_tokens=bound)

@@ -270,8 +270,26 @@ def test_a_right_draft_is_forwarded_once_and_of_a_poor_one_less_each_time(
                 assert row.iterations == (num_iterations or row.iterations)
 
 
+def test_the_block_slides_whole_behind_what_is_certain() -> None:
+    """It neither shrinks to what was left of it, nor begins at multiples of its length."""
+    noted: list[Forwarded] = []
+    fixed_case(block_size=5).decode(watch=lambda loop: noted.append(Forwarded(loop)))
+    begins = []
+    for row, steps in noted[0].of.items():
+        for start, tokens in steps:
+            begins.append(max(0, start + 1 - len(row.prompt)))  # of the answer, what is certain
+            assert len(tokens[max(0, len(row.prompt) - 1 - start) :]) == min(5, MAX_TOKENS - begins[-1])
+    assert any(begin % 5 for begin in begins), "a wrong guess has moved it"
+
+
+def test_iterations_over_the_whole_response_are_not_weighed() -> None:
+    with pytest.raises(ValueError, match="no guess of it may be weighed"):
+        fixed_case().decode(max_iterations=3, cost=COSTS["knee"])
+
+
 class Waits(TorchFunctionMode):
-    """Counts what makes the host wait for the device: reading a value of a tensor, or its shape off its values."""
+    """Counts what makes the host wait for the device: reading a value of a tensor, or its shape off its values; and
+    sending it what was made here, if not told to go on meanwhile."""
 
     READS = frozenset({"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__",
                        "cpu", "numpy", "nonzero", "unique", "masked_select", "equal", "allclose"})  # fmt: skip
@@ -279,6 +297,7 @@ class Waits(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.made_here: list[torch.Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
@@ -286,7 +305,8 @@ class Waits(TorchFunctionMode):
             isinstance(part, torch.Tensor) and part.dtype == torch.bool
             for part in (args[1] if isinstance(args[1], tuple) else (args[1],))
         )
-        if name in self.READS or masked:
+        sent = name == "to" and any(args[0] is each for each in self.made_here)
+        if name in self.READS or masked or (sent and not (kwargs or {}).get("non_blocking")):
             self.names.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -309,16 +329,23 @@ def test_a_step_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch, setti
     monkeypatch.setattr(loop_module, "STEP_TOKENS", 16)
     monkeypatch.setattr(sampling, "NUM_HEAD", 32)
     case, counts = fixed_case(), []
-    real = DecodeLoop.step
+    real, from_numpy = DecodeLoop.step, torch.from_numpy
 
     def watched(self: DecodeLoop) -> list[Row]:
         with Waits() as waits:
+
+            def noted(array: np.ndarray) -> torch.Tensor:
+                waits.made_here.append(from_numpy(array))
+                return waits.made_here[-1]
+
+            monkeypatch.setattr(torch, "from_numpy", noted)
             finished = real(self)
         counts.append(len(waits.names))
         return finished
 
     monkeypatch.setattr(DecodeLoop, "step", watched)
     case.decode(**settings)
+    monkeypatch.setattr(torch, "from_numpy", from_numpy)
     assert len(counts) > 2
     assert max(counts) == most
 

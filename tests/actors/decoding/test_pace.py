@@ -1,0 +1,98 @@
+"""Guesses never make a full batch slow: decoding played through on steps that take what a real machine's were seen to.
+
+The model is a script and the time is counted, not measured: each forward is worth what a table says of its positions.
+Rows come and go, as in a job, where a row that ends early leaves its slot to the next.
+"""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from actors.decoding import parallel
+from actors.decoding.cost import StepCost
+from actors.decoding.forward import SlotCache
+from actors.decoding.loop import DecodeLoop, Row
+from tests.benchmarks.drafts import spoil
+
+VOCABULARY = 512
+BLOCK = 32
+SLOTS = 8
+ALONE = {1: 49.0, 8: 49.0, 16: 50.0, 32: 55.0}
+MACHINES = {  # SmolLM2 on two cores, milliseconds of a forward
+    "bfloat16": {1: ALONE, 8: {8: 50.0, 32: 61.0, 64: 75.0, 128: 87.0, 256: 124.0}},
+    "float32": {1: {1: 67.0, 2: 110.0, 4: 90.0, 16: 110.0, 32: 150.0}, 8: {8: 95.0, 16: 110.0, 64: 230.0, 128: 400.0}},
+    "beyond the knee": {1: ALONE, 8: {8: 50.0, 9: 55.5, 64: 358.0}},  # every position costs what it did before
+}
+
+
+class Played:
+    """Stands in for the model: says each row's answer behind its right beginning, nothing sensible behind another."""
+
+    def __init__(self, answers: list[list[int]], cost: StepCost) -> None:
+        self.answers, self.cost, self.cache = answers, cost, SlotCache()
+        self.loop: DecodeLoop
+        self.elapsed = 0.0
+
+    def __call__(self, first: int, tokens: Any, starts: list[int], num_logits: list[int]) -> torch.Tensor | None:
+        if not any(num_logits):
+            return None  # prompts of one token: there is nothing to read
+        self.elapsed += float(self.cost.seconds(len(tokens), sum(map(len, tokens)) - len(tokens))[-1])
+        says = []
+        for row, forwarded, start in zip(self.loop.active[first:], tokens, starts, strict=False):
+            answer, right = self.answers[row.seed], True
+            for i, token in enumerate(forwarded):
+                place = start + i  # of what follows this token
+                right = right and (place == 0 or token == answer[place - 1])
+                says.append(answer[place] if right and place < len(answer) else 7 + place)
+        return F.one_hot(torch.tensor(says), VOCABULARY).float()
+
+
+def elapsed(machine: str, overlap: float | None, *, seed: int, auto: bool = True) -> float:
+    """Milliseconds that many rows take with drafts of which such a share of runs is right; None: without any."""
+    generator = random.Random(seed)
+    answers = [
+        [generator.randrange(64, VOCABULARY) for _ in range(generator.randrange(24, 73))] for _ in range(6 * SLOTS)
+    ]
+    drafts = spoil(answers, overlap or 0.0, VOCABULARY, seed)
+    model = Played(answers, StepCost(MACHINES[machine]))
+    kind: dict[str, Any] = {"block_size": BLOCK, "cost": model.cost if auto else None} if overlap is not None else {}
+    loop = model.loop = DecodeLoop(model, str, eos=[2], max_num_seqs=SLOTS, kv_cache_tokens=1 << 20, **kind)  # type: ignore[arg-type]
+    rows = [Row((1,), len(answer), i, drafts[i] if kind else None) for i, answer in enumerate(answers)]
+    for row in rows:
+        loop.submit(row)
+    while loop.busy:
+        loop.step()
+    assert [row.tokens for row in rows] == answers
+    return model.elapsed
+
+
+def faster(machine: str, overlap: float, **how: Any) -> float:
+    """Times as fast as without drafts, over some rows drawn."""
+    return sum(elapsed(machine, None, seed=seed) for seed in (0, 1)) / sum(
+        elapsed(machine, overlap, seed=seed, **how) for seed in (0, 1)
+    )
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("overlap", [0, 0.25, 0.5, 0.75, 1])
+def test_no_draft_makes_a_full_batch_slower(machine: str, overlap: float) -> None:
+    assert faster(machine, overlap) >= 0.95
+
+
+def test_where_guesses_are_cheap_good_drafts_make_it_several_times_faster() -> None:
+    assert faster("bfloat16", 0.5) >= 1.3
+    assert faster("bfloat16", 0.9) >= 3
+    assert faster("float32", 1) >= 3
+
+
+def test_a_block_that_is_always_full_would_make_it_slower() -> None:
+    assert faster("float32", 0.25, auto=False) < 0.7
+
+
+def test_a_rule_that_trusts_drafts_too_much_would_make_it_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "PRIOR", [0.99] * len(parallel.PRIOR))
+    monkeypatch.setattr(parallel, "PRIOR_WEIGHT", 1e6)
+    assert faster("float32", 0.25) < 0.9
