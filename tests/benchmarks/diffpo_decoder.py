@@ -15,6 +15,10 @@ of generate's seconds to ours stands the limit: what an oracle that knows every 
 that are measured in the same run, positions of all rows counted together (that is how the decoder lays them out).
 "plain" is our own loop without drafts, than which poor ones must not make it slower by more than a tenth.
 
+refilled: our own loop with such drafts against the same without, where a row that ends leaves its slot to another, as
+in a job: up to four times as many rows as slots, of half to all of the tokens. A batch that is not refilled, as those
+above, takes as long as its row with the poorest draft.
+
 The sides take turns in one process; medians over the repeats are printed, with their range. "agree" counts the rows
 whose tokens are those of `generate`: in float32 that should be all; in bfloat16 another shape of a forward rounds
 differently, and two tokens that are nearly as likely change places. A draft made of the one continuation is then wrong
@@ -78,7 +82,7 @@ class Subject:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["official", "generate"], help="official, generate, plot")
+    parser.add_argument("parts", nargs="*", default=["official", "generate"], help="official, generate, refilled, plot")
     parser.add_argument("--model", type=Path, default=Path("~/.cache/burnish/SmolLM2-135M-Instruct").expanduser())
     parser.add_argument("--random", choices=SIZES, help="a random Llama of this size instead, built on the device")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
@@ -93,8 +97,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where figures are added, one a line, and read from by plot")
     parser.add_argument("--plot", type=Path, default=Path(__file__).with_suffix(".svg"), help="where plot draws")
     args = parser.parse_args()
-    if unknown := set(args.parts) - {"official", "generate", "plot"}:
-        raise SystemExit(f"no part is called {unknown.pop()}: they are official, generate and plot")
+    parts = {"official": against_official, "generate": against_generate, "refilled": while_refilled}
+    if unknown := set(args.parts) - {*parts, "plot"}:
+        raise SystemExit(f"no part is called {unknown.pop()}: they are {', '.join(parts)} and plot")
     if "plot" in args.parts and args.json is None:
         raise SystemExit("plot draws what was measured before: name the file with --json")
     torch.set_num_threads(args.threads)
@@ -102,14 +107,14 @@ def main() -> None:
         raise SystemExit(f"there are {NUM_PROMPTS} prompts: batches must be at most as large")
     for dtype in args.dtypes if set(args.parts) - {"plot"} else []:
         subject = random_subject(args, dtype) if args.random else real_subject(args, dtype)
-        for part, measure in (("official", against_official), ("generate", against_generate)):
+        for part, measure in parts.items():
             if part in args.parts:
                 measure(subject, args, partial(record, args.json, part=part, model=subject.name, dtype=dtype))
     if "plot" in args.parts:
         from tests.benchmarks.draw import draw
 
         lines = args.json.read_text().splitlines()
-        args.plot.write_text(draw([json.loads(line) for line in lines]))
+        args.plot.write_text(draw([figures for line in lines if (figures := json.loads(line))["part"] != "refilled"]))
 
 
 def record(file: Path | None, **figures: Any) -> None:
@@ -172,16 +177,22 @@ def now() -> float:
 
 
 def decode(
-    subject: Subject, prompts: Tokens, max_tokens: int, batch: int, drafts: Tokens | None = None, **settings: Any
+    subject: Subject,
+    prompts: Tokens,
+    max_tokens: int | Sequence[int],
+    batch: int,
+    drafts: Tokens | None = None,
+    **settings: Any,
 ) -> Tokens:
-    """Our decode loop with `batch` slots, which ends at `max_tokens` alone. Without drafts one token a step.
+    """Our decode loop with `batch` slots, where rows end at `max_tokens` alone. Without drafts one token a step.
 
     Each run's loop is new: it has not learned yet how good such drafts are.
     """
     loop = DecodeLoop(Forward(subject.ours), str, eos=(), max_num_seqs=batch, kv_cache_tokens=1 << 20, **settings)
+    limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
     rows = [
-        Row(tuple(prompt), max_tokens, seed=number, draft=drafts[number] if drafts else None)
-        for number, prompt in enumerate(prompts)
+        Row(tuple(prompt), limit, seed=number, draft=drafts[number] if drafts else None)
+        for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
     ]
     for row in rows:
         loop.submit(row)
@@ -244,7 +255,8 @@ def against_official(subject: Subject, args: argparse.Namespace, keep: Callable[
     print(
         f"{subject.name}, {subject.ours.dtype}, batch {batch}, {length} tokens each: {spread(ratios)} the official"
         f" algorithm; {ours:.0f} tokens/s against {theirs:.1f} at {statistics.mean(iterations):.0f} iterations a block;"
-        f" agree {equal(made, want)}/{batch}, official {agree}/{len(ratios)}",
+        f" agree {equal(made, want)}/{batch}, official {agree}/{len(ratios)},"
+        f" which ran on the first of these rows, one a turn",
         flush=True,
     )
     keep(
@@ -337,6 +349,34 @@ def against_generate(subject: Subject, args: argparse.Namespace, keep: Callable[
                 batch=batch, overlap=overlap, ratio=statistics.median(ratios), lowest=min(ratios), highest=max(ratios),
                 tokens_per_s=num / our_s, limit=num / limit_s, generate=num / their_s, plain=num / plain_s,
                 agree=agree, rows=len(want),
+            )  # fmt: skip
+
+
+# --- in a job -------------------------------------------------------------------------------------------------------
+
+
+def while_refilled(subject: Subject, args: argparse.Namespace, keep: Callable[..., None]) -> None:
+    vocabulary = subject.ours.config.vocab_size
+    for batch in args.batches:
+        prompts = subject.prompts[: 4 * batch]
+        lengths = [args.max_tokens - number * 7 % (args.max_tokens // 2) for number in range(len(prompts))]
+        settings = parallel(subject, args.block_size, batch)
+        answers = decode(subject, prompts, lengths, batch)
+        drafts = {overlap: spoil(answers, overlap, vocabulary, seed=batch) for overlap in args.overlaps}
+        ratios: dict[float, list[float]] = {overlap: [] for overlap in args.overlaps}
+        agree: dict[float, int] = {}
+        for _ in range(args.repeats):
+            plain_s, _ = seconds(partial(decode, subject, prompts, lengths, batch))
+            for overlap, guesses in drafts.items():
+                our_s, made = seconds(partial(decode, subject, prompts, lengths, batch, guesses, **settings))
+                ratios[overlap].append(plain_s / our_s)
+                agree[overlap] = equal(made, answers)
+        print(f"{subject.name}, {subject.ours.dtype}, {len(prompts)} rows in {batch} slots", flush=True)
+        for overlap, found in ratios.items():
+            print(f"  {overlap:4.0%} overlap: {spread(found)} plain; agree {agree[overlap]}/{len(prompts)}", flush=True)
+            keep(
+                batch=batch, overlap=overlap, ratio=statistics.median(found), lowest=min(found), highest=max(found),
+                agree=agree[overlap], rows=len(prompts),
             )  # fmt: skip
 
 

@@ -6,9 +6,11 @@
 overlap: drafts are the model's own answers, of which runs of 12 tokens are replaced by others' at random; p is the
 share of the runs that are left. Beside each ratio stands the limit 1 / (1 - p + p / s), s being the ratio at p = 1,
 which is therefore always measured.
-correction: the recipe `rewrite`, whose prompt holds the answer that is its draft, also with vLLM's own `ngram` and
-`suffix`. A ratio is of tokens/s, in turn on the same rows, the median of the repeats with its range. "agree" counts the
-texts that are equal: in float32 that is all; in bfloat16 another batch shape parts where two tokens are as likely.
+correction: recipes whose prompt holds the answer that is its draft, also with vLLM's own `ngram` and `suffix` (which
+needs arctic-inference).
+
+A ratio is of tokens/s, in turn on the same rows, the median of the repeats with its range. "agree" counts the texts
+that are equal: in float32 that is all; in bfloat16 another batch shape parts where two tokens are as likely.
 """
 
 import argparse
@@ -113,17 +115,19 @@ def measure_overlaps(args: argparse.Namespace, batch: int, engines: dict[str, En
 
 
 def measure_correction(args: argparse.Namespace, batch: int, engines: dict[str, Engine], chats: list[Request]) -> None:
-    requests = []
-    for chat, completion in zip(chats, run(engines["plain"], chats).made, strict=True):
-        assert not isinstance(chat.prompt, str)
-        prompt = aligner_input(RecipeConfig(recipe="rewrite"), chat.prompt, completion.text)
-        requests.append(Request(prompt, chat.seed, completion.text))
-    ran = in_turn(engines, requests, args.repeats)
-    rate = statistics.median(each.rate for each in ran["plain"])
-    print(f"{args.dtype}, batch {batch}, recipe rewrite: plain {rate:.0f} tokens/s", flush=True)
-    for name in engines:
-        if name != "plain":
-            print(f"  {told(ran, name)}", flush=True)
+    answers = [completion.text for completion in run(engines["plain"], chats).made]
+    for recipe in args.recipes:
+        requests = []
+        for chat, answer in zip(chats, answers, strict=True):
+            assert not isinstance(chat.prompt, str)
+            prompt = aligner_input(RecipeConfig(recipe=recipe), chat.prompt, answer)
+            requests.append(Request(prompt, chat.seed, answer))
+        ran = in_turn(engines, requests, args.repeats)
+        rate = statistics.median(each.rate for each in ran["plain"])
+        print(f"{args.dtype}, batch {batch}, recipe {recipe}: plain {rate:.0f} tokens/s", flush=True)
+        for name in engines:
+            if name != "plain":
+                print(f"  {told(ran, name)}", flush=True)
 
 
 def main() -> None:
@@ -135,6 +139,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[4, 64], help="requests at the same time")
     parser.add_argument("--overlaps", nargs="+", type=float, default=[0, 0.25, 0.5, 0.75, 0.9, 1])
     parser.add_argument("--decoders", nargs="+", default=["auto", "parallel"])
+    parser.add_argument("--recipes", nargs="+", default=["rewrite"], choices=["rewrite", "aligner", "metaaligner"])
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)

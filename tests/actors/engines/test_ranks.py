@@ -23,6 +23,7 @@ from transformers import GPT2Config, PreTrainedModel
 
 from actors.contract import ConfigError
 from actors.decoding import loop
+from actors.decoding.cost import StepCost
 from actors.decoding.forward import Forward
 from actors.decoding.loop import DecodeLoop, Row
 from actors.decoding.sampling import uniforms
@@ -179,18 +180,20 @@ def logits_of(forward: Forward) -> list[torch.Tensor]:
 
 
 def tokens_of(forward: Forward, seed: int) -> list[tuple[dict[str, Any], list[list[int]], list[list[int]]]]:
-    """(settings, greedy answers, answers in blocks) of random cases, up to the fixed point and by a number of
-    iterations. Drafts are greedy answers, mostly altered. Ranks that run this in step need no mirror."""
+    """(settings, greedy answers, answers in blocks) of random cases, up to the fixed point, in blocks that are whole or
+    weighed, and by a number of iterations. Drafts are greedy answers, mostly altered. Ranks that run this in step need
+    no mirror."""
     rng = random.Random(seed)
     found = []
     for number in range(NUM_CASES):
         prompts = [[rng.randrange(3, 512) for _ in range(rng.randint(1, 25))] for _ in range(rng.randint(1, 6))]
         num_iterations = rng.randint(1, 5) if number % 2 else None
         loop = {"block_size": rng.randint(1, 12), "max_num_seqs": rng.randint(1, 6), "max_iterations": num_iterations}
+        cost = StepCost({1: {1: 1.0, 16: 1.1, 32: 2.0}, 6: {6: 1.2, 48: 2.0}}) if number % 4 == 2 else None
         max_tokens = rng.randint(1, 14)
         greedy = decoded(forward, prompts, [None] * len(prompts), max_tokens, max_num_seqs=6)
         drafts = [altered(answer, rng) for answer in greedy]
-        found.append((loop, greedy, decoded(forward, prompts, drafts, max_tokens, **loop)))
+        found.append((loop, greedy, decoded(forward, prompts, drafts, max_tokens, cost=cost, **loop)))
     return found
 
 

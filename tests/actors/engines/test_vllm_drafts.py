@@ -490,6 +490,14 @@ def test_two_shards_keep_reserved_tokens_as_the_torch_engine_does(model: Path, p
 
 
 @pytest.mark.long
+def test_vllm_without_drafts_says_the_same(model: Path, plain: list[Completion]) -> None:
+    engine = build_engine(config_of(model, decoder="greedy"), 2)
+    made = make_all(engine, chats(32))
+    engine.close()
+    assert same(made, plain)
+
+
+@pytest.mark.long
 def test_auto_measures_once_and_changes_no_answer(
     model: Path, plain: list[Completion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
