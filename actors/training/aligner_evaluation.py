@@ -79,7 +79,7 @@ def evaluate(
     """Means over the questions: `iterations` to converge; `tokens` of the aligned answers; `changed`, the share that is
     not its response any more; `cut`, the share that ends at `max_tokens`, where responses may not; and with a reward
     `response` and `aligned`, their `gain` and the half-width of its 95 % interval, `gain_95`, over the `scored`
-    questions of which both could be.
+    questions of which both could be: without one there is no gain, and without two no interval.
 
     Args:
         said: called whenever a text has been scored.
@@ -95,15 +95,14 @@ def evaluate(
     pairs = asyncio.run(_scores(answered, reward, said))
     both = [(before, after) for before, after in pairs if before is not None and after is not None]
     gains = np.array([after - before for before, after in both])
-    spread = 1.96 * float(gains.std(ddof=1)) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
-    return {
-        **told,
-        "scored": float(len(both)),
-        "response": _mean([before for before, _ in both]),
-        "aligned": _mean([after for _, after in both]),
-        "gain": _mean(list(gains)),
-        "gain_95": spread,
-    }
+    told["scored"] = float(len(both))
+    if both:
+        told["response"] = _mean([before for before, _ in both])
+        told["aligned"] = _mean([after for _, after in both])
+        told["gain"] = _mean(gains)
+    if len(both) > 1:
+        told["gain_95"] = 1.96 * float(gains.std(ddof=1)) / math.sqrt(len(both))
+    return told
 
 
 async def _scores(
@@ -124,5 +123,5 @@ async def _scores(
     return list(await asyncio.gather(*(both(asked, row) for asked, row in answered)))
 
 
-def _mean(values: Sequence[Any]) -> float:
-    return float(np.mean(values)) if len(values) else math.nan
+def _mean(values: Sequence[Any] | np.ndarray) -> float:
+    return float(np.mean(values))

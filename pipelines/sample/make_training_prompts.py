@@ -6,7 +6,7 @@ They were written for this project, as forms with what goes into them; none is i
 `make align`, and no benchmark's prompts are among them. The same pyarrow writes the same bytes again.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import pyarrow as pa
@@ -141,9 +141,9 @@ def prompts() -> pa.Table:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("name the file to write: make_training_prompts.py out/training-prompts.parquet")
-    path, made = Path(sys.argv[1]), prompts()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, help="the Parquet file to write")
+    path, made = parser.parse_args().path, prompts()
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(made, path, compression="zstd", row_group_size=64)
     print(f"{path}: {made.num_rows} prompts")

@@ -50,7 +50,7 @@ def run_training(config: TrainAlignerConfig, argv: list[str], dataset: Storage, 
             if latest_run(output) is None:
                 create_run(output, record)
             _train(config, base, dataset, output, record, flags)
-        print_summary(output, is_finished(output))
+        print_summary(output, is_finished(output), training.max_tokens)
     return 0
 
 

@@ -9,6 +9,7 @@ import yaml
 from actors.engines.base import EngineConfig
 from actors.engines.identity import hub_id
 from pipelines.corpus.card import made_with
+from pipelines.training.aligner_report import gain
 from pipelines.training.aligner_settings import TrainAlignerConfig
 from pipelines.training.checkpoints import Record
 
@@ -94,17 +95,15 @@ def _evaluations(history: Sequence[Record], config: TrainAlignerConfig) -> list[
         "The first of the dataset's split `validation`, each with one of its worse answers, which is aligned to the "
         "fixed point by plain Jacobi iteration.",
         "",
-        "| steps | iterations to converge | tokens | changed | cut | reward before | after | gain (95 %) |",
+        "| steps | iterations to converge | tokens | changed | cut | reward before | after | gain |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for each in found:
-        gain = ["-", "-", "-"]
-        if "gain" in each:
-            gain = [f"{each['response']:.4g}", f"{each['aligned']:.4g}", f"{each['gain']:+.4g} ± {each['gain_95']:.2g}"]
+        scores = [f"{each[name]:.4g}" if name in each else "-" for name in ("response", "aligned")]
         lines.append(
             f"| {each['step']:.0f} | {each['iterations']:.2f} | {each['tokens']:.1f} | {each['changed']:.1%} | "
             f"{each['cut']:.1%} | "
-            f"{' | '.join(gain)} |"
+            f"{' | '.join(scores)} | {gain(each)} |"
         )
     if config.reward is not None:
         lines += ["", f"The reward is `{config.reward.label}`."]

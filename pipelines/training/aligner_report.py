@@ -58,9 +58,16 @@ def evaluation_line(found: Record) -> str:
     if "gain" not in found:
         return told
     return (
-        f"{told}; reward {found['response']:.4g} -> {found['aligned']:.4g}, gain {found['gain']:+.4g} "
-        f"± {found['gain_95']:.2g} (95 %) over {found['scored']:.0f} prompts"
+        f"{told}; reward {found['response']:.4g} -> {found['aligned']:.4g}, gain {gain(found)} over "
+        f"{found['scored']:.0f} prompts"
     )
+
+
+def gain(found: Record) -> str:
+    """An evaluation's gain with its 95 % interval, as far as it has them."""
+    if "gain" not in found:
+        return "-"
+    return f"{found['gain']:+.4g}" + (f" ± {found['gain_95']:.2g} (95 %)" if "gain_95" in found else "")
 
 
 def print_dry_run(
@@ -99,17 +106,20 @@ def print_dry_run(
             print(f"--- {name}\n{render_prompt(words.tokenizer, state.tolist())[:CHARACTERS]}")
 
 
-def print_summary(output: Storage, finished: bool) -> None:
-    """The last evaluation, and where the model is, or how to get it where it is not finished."""
+def print_summary(output: Storage, finished: bool, max_tokens: int) -> None:
+    """The last evaluation, and where the model is and how it is used, or how to get it where it is not finished."""
     from pipelines.training import checkpoints
 
     history = checkpoints.metrics(output)
+    steps = [each for each in history if "loss" in each]
+    if not finished:
+        print(f"stopped after {len(steps)} steps, before there is a model; the same command goes on from there")
+        return
     evaluations = [each for each in history if "iterations" in each]
     if evaluations:
         print(evaluation_line(evaluations[-1]))
-    steps = [each for each in history if "loss" in each]
-    if finished:
-        print(f"trained: {len(steps)} steps in {sum(each['seconds'] for each in steps) / 3600:.2f} hours")
-        print(f"aligner: {output.url} (aligner.recipe=diffpo aligner.model={output.url})")
-    else:
-        print(f"stopped after {len(steps)} steps; the same command goes on from there")
+    print(f"trained: {len(steps)} steps in {sum(each['seconds'] for each in steps) / 3600:.2f} hours")
+    print(
+        f"aligner: {output.url} (aligner.recipe=diffpo aligner.model={output.url} aligner.max_tokens={max_tokens} "
+        f"aligner.block_size={max_tokens})"
+    )

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import ray.train
 import ray.train.torch
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.util.queue import Empty, Queue
+from ray.util.queue import Queue
 
 from actors.contract import ConfigError, TransientError
 from actors.training.place import Place
@@ -20,6 +20,8 @@ from pipelines.cluster import join_or_start
 from pipelines.placement import Need, wait_until_placeable
 from pipelines.progress import watched
 from pipelines.settings import SiteConfig
+
+POLL_S = 0.5
 
 Tell = Callable[[str, Any], None]
 """Tells the driver something of a kind, and what there is to say of it."""
@@ -121,11 +123,14 @@ def fitted(
 
         # Not in the main thread, where Ray Train would take Ctrl-C for itself.
         threading.Thread(target=fit, name="ray-train", daemon=True).start()
-        while not ended.done() or not told.empty():
-            try:
-                kind, what = told.get(timeout=1)
-            except Empty:
+        while True:
+            has_ended = ended.done()
+            if told.empty():  # asked first: of a `get` that finds nothing Ray would tell at a Ctrl-C, with a traceback
+                if has_ended:
+                    break
+                time.sleep(POLL_S)
                 continue
+            kind, what = told.get()
             if kind == "failed":
                 raise what
             yield kind, what

@@ -26,8 +26,8 @@ def published_parts(dataset: Storage) -> list[Part]:
     parts = [part for manifest in finished for part in manifest.get(FOLDER, [])]
     if not parts:
         raise ConfigError(
-            f"input.path {dataset.url!r} holds no published partition of a preference dataset: make one with "
-            "pipelines/build_preferences.py build=trajectory"
+            f"input.path {dataset.url!r} holds no published partition of a preference dataset, if it is there at all: "
+            "make one with pipelines/build_preferences.py build=trajectory"
         )
     return parts
 

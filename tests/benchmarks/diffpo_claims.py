@@ -14,7 +14,8 @@ Arms: `identity` leaves the policy's response; `truncated` cuts it to the length
 untrained model, asked to improve the response; `best of n` the best of n responses by the reward of the training;
 `T` iterations of the aligner, from the response and `without response` from nothing; `fixed point` as many as it takes,
 which is what the aligner answers greedily whether it has a response or not; `control` is trained on best answers alone
-(training.omega=0). Iterations to converge are plain Jacobi's, over whole blocks, on `--iterated` of the prompts.
+(training.omega=0), and `untrained` is the model that both began as. Iterations to converge are plain Jacobi's, over
+whole blocks, on `--iterated` of the prompts.
 
 Intervals are 95 % bootstrap percentiles over prompts. Answers are kept in `--work`, and made again where what makes
 them has changed; answers/s are of the run that made them, at batch 32, engines warm.
@@ -191,6 +192,10 @@ def generated(held: Held, args: argparse.Namespace) -> tuple[dict[str, Arm], lis
         arms[f"best of {count}"] = best_of(held, sampled[:count])
     rewrite = AlignerConfig(model=args.base, recipe="rewrite", **common)
     arms["rewrite"] = made("rewrite", rewrite, aligned(rewrite, held, response.texts), args)
+    untrained = AlignerConfig(model=args.base, recipe="diffpo", block_size=args.max_tokens, **common)
+    arms["untrained, fixed point"] = made(
+        "untrained, fixed point", untrained, aligned(untrained, held, response.texts), args
+    )
     iterated = []
     for name, model in (("", args.aligner), ("control, ", args.control)):
         trained = AlignerConfig(model=model, recipe="diffpo", block_size=args.max_tokens, **common)

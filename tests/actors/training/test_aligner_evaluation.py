@@ -102,4 +102,7 @@ def test_the_gain_is_that_over_the_policy_s_answers_of_which_both_have_a_score(t
     assert (found["scored"], found["response"], found["aligned"], found["gain"]) == (2, 1.5, 2.5, 1.0)
     assert found["gain_95"] == pytest.approx(1.96 * math.sqrt(2) / math.sqrt(2))  # of gains 2 and 0
     assert len(said) == 7
+    one = evaluate(answered[:1], Words())
+    assert one["gain"] == 2 and "gain_95" not in one  # nothing is known of how it varies
+    assert evaluate(answered[2:3], Words())["scored"] == 0
     assert set(evaluate(answered, None)) == {"iterations", "tokens", "changed", "cut"}

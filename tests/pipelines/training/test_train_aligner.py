@@ -91,7 +91,8 @@ def test_a_training_ends_in_a_folder_that_an_engine_takes_as_it_is(
     root = tmp_path / "out"
     assert main(command("reward=rules", *more)) == 0
     out, err = capsys.readouterr()
-    assert f"trained: {NUM_STEPS} steps in 0.00 hours\naligner: {root} (aligner.recipe=diffpo" in out
+    use = f"aligner.recipe=diffpo aligner.model={root} aligner.max_tokens=24 aligner.block_size=24"
+    assert f"trained: {NUM_STEPS} steps in 0.00 hours\naligner: {root} ({use})" in out
     assert f"training: 12 trajectories, 0 of {NUM_STEPS} steps are done" in err
     assert re.search(r"evaluation after 6 steps: .* iterations to converge, .* reward .* gain .* over 2 prompts", err)
 
@@ -134,9 +135,8 @@ def test_with_limits_it_stops_and_goes_on_to_the_same_end(
     for done in (1, 3, 6):
         limit = ["--limit", {1: "3", 3: "8", 6: "1000"}[done]]
         assert main([*command(root=again), *limit]) == 0
-        ended = (
-            f"trained: {done} steps" if done == NUM_STEPS else f"stopped after {done} steps; the same command goes on"
-        )
+        stopped = f"stopped after {done} steps, before there is a model; the same command goes on"
+        ended = f"trained: {done} steps" if done == NUM_STEPS else stopped
         assert ended in capsys.readouterr().out
         assert (again / "adapter_config.json").exists() == (done == NUM_STEPS)
     assert promised(again) == promised(tmp_path / "out")
