@@ -74,6 +74,8 @@ def identity(config: EngineConfig) -> str:
 
     Of an endpoint it is the host's name, all that can be known: two hosts may serve different models by one name, while
     the ports and paths of one host are taken for replicas.
+
+    Raises ValueError for a model that has not been `pinned`.
     """
     if config.engine == "stored":
         return "stored"
@@ -81,7 +83,9 @@ def identity(config: EngineConfig) -> str:
         return f"at {urlsplit(config.base_url or OPENAI).hostname}"
     folder = Path(config.model)
     if not folder.is_absolute():
-        return str(config.revision)
+        if config.revision is None:  # a folder by a relative path, of which nothing has been read yet
+            raise ValueError(f"{config.model!r} is not pinned")
+        return config.revision
     found = hashlib.sha256()
     for path in sorted({path for pattern in _DESCRIBING for path in folder.glob(pattern) if path.is_file()}):
         found.update(f"{path.name}\n".encode() + path.read_bytes())

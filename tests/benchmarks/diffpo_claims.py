@@ -49,7 +49,7 @@ from actors.aligner import AlignerConfig
 from actors.contract import candidate_seed
 from actors.engines.adapters import on_this_node
 from actors.engines.base import Messages, Request
-from actors.engines.identity import identity
+from actors.engines.identity import identity, pinned
 from actors.engines.prompts import encode_prompt, load_tokenizer
 from actors.engines.torch_engine import TorchEngine
 from actors.policy import PolicyConfig
@@ -202,7 +202,7 @@ def generated(held: Held, args: argparse.Namespace) -> tuple[dict[str, Arm], lis
         for times in TIMES if not name else ():
             config = replace(trained, max_iterations=times)
             arms[f"T = {times}"] = made(f"T = {times}", config, aligned(config, held, response.texts), args)
-        for times, label in ((4, "T = 4"), (8, "T = 8"), (None, "fixed point")) if not name else ():
+        for times, label in ((8, "T = 8"), (None, "fixed point")) if not name else ():
             config = replace(trained, max_iterations=times)
             nothing = aligned(config, held, [""] * len(held.ids))
             arms[f"{label}, without response"] = made(f"{label}, without response", config, nothing, args)
@@ -223,6 +223,7 @@ def aligned(config: AlignerConfig, held: Held, texts: Sequence[str]) -> list[Req
 
 def made(name: str, config: AlignerConfig | PolicyConfig, requests: list[Request], args: argparse.Namespace) -> Arm:
     """The requests' answers, from `--work` where what was asked of what is the same."""
+    config = pinned(config, name)
     asked = hashlib.sha256(repr((identity(config), config, requests)).encode()).hexdigest()
     file = args.work / f"{name}.json"
     if file.is_file() and (found := json.loads(file.read_text()))["asked"] == asked:

@@ -101,6 +101,14 @@ def test_its_identity_is_that_of_both(adapter: Path, llama_folder: Path, tmp_pat
     assert len({before, same, identity(pinned(config(adapter), "aligner"))}) == 3
 
 
+def test_what_was_not_pinned_has_no_identity(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a relative path another adapter of the same name was once taken for it, and the model of that answered."""
+    monkeypatch.chdir(adapter.parent)
+    with pytest.raises(ValueError, match="is not pinned"):
+        on_this_node(config(adapter.name))
+    assert on_this_node(pinned(config(adapter.name), "aligner")) == on_this_node(config(adapter))
+
+
 def test_it_takes_what_its_base_takes(adapter: Path, llama_folder: Path) -> None:
     assert footprint(config(adapter)) == footprint(config(llama_folder)) is not None
 
