@@ -1,5 +1,6 @@
-"""A real small model as a policy, beside one whose answers the shards hold already, and as the aligner of both."""
+"""A real small model as a policy, beside one whose answers the shards hold already, and the embedded DiffPO aligner."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tests.end_to_end.jobs import ROOT, CommandLine, CompletedJob, Row, corpus, 
 
 MAX_TOKENS = 8
 MODEL = "SmolLM2-135M-Instruct"
+ALIGNER = ROOT / "pipelines" / "sample" / "DiffPO-SmolLM2-135M"
 STORED: list[list[str] | None] = [
     ["Yes.", "<think>Or not?</think>No."],
     None,
@@ -27,7 +29,7 @@ def aligned(command_line: CommandLine, new_folder: Callable[[], Path]) -> tuple[
     completed = command_line.run(
         f"input.path={folder / 'prompts'}", "input.response_column=answers", f"output.root={folder / 'output'}",
         "policy=stored", "policy.model=last-year", f"policies=[{{preset: smollm2, max_tokens: {MAX_TOKENS}}}]",
-        "aligner=rewrite_smollm2", f"aligner.max_tokens={MAX_TOKENS}",
+        "aligner=diffpo_smollm2", f"aligner.max_tokens={MAX_TOKENS}",
     )  # fmt: skip
     return completed, folder / "output"
 
@@ -43,12 +45,26 @@ def test_the_real_model_answers_and_aligns(aligned: tuple[CompletedJob, Path], r
     answers = [row["responses"][-1] for row in rows]
     aligned_answers = [each for row in rows for each in row["aligned"] if each["status"] == "ok"]
     assert len({answer["text"] for answer in answers}) == 8
+    assert {answer["model"] for answer in answers} == {MODEL}
+    assert {each["model"] for each in aligned_answers} == {ALIGNER.name}
     for made in [*answers, *aligned_answers]:
-        assert made["model"] == MODEL
         assert 0 < made["num_tokens"] <= MAX_TOKENS
         assert made["num_prompt_tokens"] > 10
         assert sum(letter.isascii() for letter in made["text"]) > 0.9 * len(made["text"]) > 0, "it writes English"
     assert sum(each["changed"] for each in aligned_answers) > len(aligned_answers) / 2
+
+
+def test_the_aligner_is_small_and_its_card_tells_all_of_its_making() -> None:
+    assert sum(path.stat().st_size for path in ALIGNER.iterdir()) < 16e6
+    assert not list(ALIGNER.glob("tokenizer*")), "its base has one"
+    card = (ALIGNER / "README.md").read_text()
+    commands = re.findall(r"pipelines/[\w/]+\.py|conf/\w+\.yaml", card)
+    assert {
+        "pipelines/sample/make_training_prompts.py", "conf/candidates_smollm2.yaml", "pipelines/score_corpus.py",
+        "pipelines/build_preferences.py", "pipelines/train_aligner.py", "conf/train_smollm2.yaml",
+    } <= set(commands)  # fmt: skip
+    assert all((ROOT / path).is_file() for path in commands)
+    assert "hours of training" in card and "license: apache-2.0" in card
 
 
 def test_at_the_end_two_rows_are_shown(aligned: tuple[CompletedJob, Path], rows: list[Row]) -> None:
