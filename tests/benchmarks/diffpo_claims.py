@@ -325,8 +325,8 @@ def converged(aligner: Arm, control: Arm) -> None:
 
 
 def points(arms: dict[str, Arm], judged: dict[str, np.ndarray]) -> list[tuple[str, float, float]]:
-    """(name, answers/s, judge) of every arm that takes time."""
-    shown = {name: arm for name, arm in arms.items() if arm.seconds}
+    """(name, answers/s, judge) of every arm that takes time; of two that say the same, one."""
+    shown = {name: arm for name, arm in arms.items() if arm.seconds and name != "fixed point, without response"}
     return [(name, arm.rate, float(judged[name].mean())) for name, arm in shown.items()]
 
 
