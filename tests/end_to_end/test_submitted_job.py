@@ -11,7 +11,7 @@ import pytest
 from tests.end_to_end.conftest import RayHead, start_head, tiny_pool
 from tests.end_to_end.jobs import LIMIT_S, SCRIPT, CommandLine, corpus, num_units, unit_facts, write_shard
 
-UPLOAD_BYTES = 5 << 20
+UPLOAD_BYTES = 20 << 20  # 15 MB of them are the embedded aligner's
 
 
 @pytest.fixture(scope="module")
