@@ -175,10 +175,14 @@ def _train(work: Work) -> None:
         return
     from pipelines.training import on_ray  # which takes seconds to import
 
-    said = ["no process has begun"]
-    for kind, what in on_ray.trained(_on_ray, {"work": work}, run, work.config.site, lambda: said[-1]):
+    said = "no process has begun"
+
+    def state() -> str:
+        return said
+
+    for kind, what in on_ray.trained(_on_ray, {"work": work}, run, work.config.site, state):
         if kind == "line":
-            said.append(what)
+            said = what
             report.say(what)
 
 
