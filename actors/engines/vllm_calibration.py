@@ -25,7 +25,7 @@ from actors.cache import cache_folder
 from actors.contract import ConfigError
 from actors.engines.vllm_drafts import DraftFolder, numbered
 
-VERSION = 2
+VERSION = 3
 """Counted up when the same machine comes to be measured otherwise: what was kept before is then measured anew."""
 LEAST_WITHOUT = 0.97
 """Drafts are out where poor ones would leave less than this of the tokens per second: they may cost 5 % in all."""
@@ -33,7 +33,8 @@ LEAST_WITH = 1.1
 """Drafts are out where even right ones would not make the tokens per second this many times as many."""
 FAILED_FOR_S = 3600.0
 """How long a failure is kept: for the engines that start beside it or after a death, but not for the next night."""
-PROMPT_TOKENS = 128
+PROMPT_TOKENS = 129
+"""One more than whole cache blocks, of 16 to 128 tokens: those alone are kept, and the last token is run again."""
 STEPS = 8
 REPEATS = 5
 FALLEN = 0.5

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ import numpy as np
 import psutil
 import pytest
 from transformers import PreTrainedTokenizerBase
+from vllm import SamplingParams
+from vllm.inputs.engine import tokens_input
 
 from actors.decoding.parallel import Drafter
 from actors.engines import build_engine
@@ -28,8 +31,9 @@ from actors.engines.base import Completion, DraftingConfig, EngineConfig, Engine
 from actors.engines.hosted import HostedEngine
 from actors.engines.prompts import encode_prompt, load_tokenizer
 from actors.engines.torch_engine import TorchEngine
+from actors.engines.vllm_calibration import PROMPT_TOKENS
 from actors.engines.vllm_drafts import FOLDER, DraftFolder, DraftProposer, Outcome
-from actors.engines.vllm_engine import VllmEngine
+from actors.engines.vllm_engine import VllmEngine, make_vllm_config, start_core
 from actors.recipes import RecipeConfig, aligner_input
 from tests.tiny_models import build_tiny_llama
 
@@ -495,6 +499,25 @@ def test_vllm_without_drafts_says_the_same(model: Path, plain: list[Completion])
     made = make_all(engine, chats(32))
     engine.close()
     assert same(made, plain)
+
+
+@pytest.mark.long
+def test_what_a_calibration_times_reads_no_prompt_again(model: Path) -> None:
+    llm = start_core(make_vllm_config(config_of(model), 0))
+    prompt = tokens_input([5] * PROMPT_TOKENS)
+
+    async def cached() -> int | None:
+        async for output in llm.generate(prompt, SamplingParams(max_tokens=2), str(time.monotonic_ns())):
+            found: int | None = output.num_cached_tokens
+        return found
+
+    async def twice() -> list[int | None]:
+        return [await cached(), await cached()]
+
+    try:
+        assert asyncio.run(twice()) == [0, PROMPT_TOKENS - 1]
+    finally:
+        llm.shutdown(timeout=1)
 
 
 @pytest.mark.long
