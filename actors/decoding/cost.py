@@ -7,6 +7,9 @@ one more position, and where E tokens are made in c seconds it pays while p >= d
 E / c does just that, whatever the shape of c, and is found by adding the guesses of all rows in order of their chances.
 
 With poor drafts beyond the knee that leaves one position a row, which is plain decoding.
+
+So it is while a row that ends leaves its slot to another. When none waits any more, the batch takes as long as its
+longest row, and what a token of another row saves is worth less: `worth` says how much.
 """
 
 import time
@@ -97,19 +100,35 @@ def _seconds(forward: Forward, widths: list[int], context: int) -> float:
     return time.perf_counter() - begin
 
 
-def block_sizes(chances: Sequence[np.ndarray], cost: StepCost) -> list[int]:
+def worth(num_left: Sequence[int]) -> np.ndarray:
+    """float64 [rows]: what a token of each row is worth, at most 1, when no row takes the place of one that ends.
+
+    The square of its length as a share of the longest: played through on steps of several machines, more gives up too
+    much where guesses are cheap, and less helps poor drafts too little.
+
+    Args:
+        num_left: per row, how many tokens are probably still to come, at least 1.
+    """
+    left = np.array(num_left, float)
+    found: np.ndarray = (left / left.max()) ** 2
+    return found
+
+
+def block_sizes(chances: Sequence[np.ndarray], cost: StepCost, worth: np.ndarray | None = None) -> list[int]:
     """How many guesses of each row go into the next forward, so that it makes the most tokens a second.
 
     Args:
         chances: per row, for each guess, that it and all before it are right: falling.
+        worth: float64 [rows], of a token of each row; None: all are worth the same.
     """
     rows = len(chances)
+    weights = np.ones(rows) if worth is None else worth
     flat = np.concatenate(chances)
     worth_a_look = flat >= LEAST_CHANCE
     owner = np.arange(rows).repeat([len(each) for each in chances])[worth_a_look]
-    flat = flat[worth_a_look]
+    flat = flat[worth_a_look] * weights[owner]
     order = np.argsort(-flat, kind="stable")  # stable: of equal ones a row's earlier guess comes first
-    tokens = rows + np.append(0.0, flat[order].cumsum())
+    tokens = weights.sum() + np.append(0.0, flat[order].cumsum())
     best = int((tokens / cost.seconds(rows, len(order))).argmax())
     sizes = np.bincount(owner[order[:best]], minlength=rows)
     found: list[int] = sizes.tolist()

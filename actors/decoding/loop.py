@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from actors.decoding.cost import StepCost, block_sizes
+from actors.decoding.cost import StepCost, block_sizes, worth
 from actors.decoding.forward import STEP_TOKENS, Forward
 from actors.decoding.parallel import Denoiser, Drafter, Guesser, Record
 from actors.decoding.sampling import draw, greedy, uniforms
@@ -180,7 +180,9 @@ class DecodeLoop:
                 offer += self.eos[:1] * (most - len(offer))
         if self.cost is None:
             return guesses
-        return [guess[:size] for guess, size in zip(guesses, block_sizes(chances, self.cost), strict=True)]
+        left = [row.guesser.num_left if row.guesser else row.max_tokens - len(row.tokens) for row in self.active]
+        sizes = block_sizes(chances, self.cost, None if self.waiting else worth(left))
+        return [guess[:size] for guess, size in zip(guesses, sizes, strict=True)]
 
     def _predict(self, tokens: list[list[int]], starts: list[int], num_logits: list[int]) -> list[int]:
         """What follows the last `num_logits` tokens of every active row, row by row. Waits for the device once."""

@@ -68,6 +68,11 @@ class Record:
 
 
 class Guesser(Protocol):
+    @property
+    def num_left(self) -> int:
+        """How many tokens are probably still to come, at least 1."""
+        ...
+
     def offer(self, most: int) -> tuple[list[int], np.ndarray]:
         """At most so many guesses, and what each is worth in tokens: in essence the chance (float64) that it and all
         before it are right."""
@@ -108,6 +113,10 @@ class Drafter:
         self._places: defaultdict[int, list[int]] = defaultdict(list)
         for place, token in enumerate(self.draft, 1):
             self._places[token].append(place)
+
+    @property
+    def num_left(self) -> int:
+        return max(1, len(self.draft) - self.at)
 
     def offer(self, most: int) -> tuple[list[int], np.ndarray]:
         """The draft from `at`, or the model's predictions and behind them the draft, whichever promises more."""
@@ -176,6 +185,10 @@ class Denoiser:
     def __init__(self, guess: list[int], num_iterations: int) -> None:
         self.guess = guess
         self.num_iterations = num_iterations
+
+    @property
+    def num_left(self) -> int:
+        return len(self.guess)
 
     def offer(self, most: int) -> tuple[list[int], np.ndarray]:
         return self.guess[:-1], np.ones(len(self.guess) - 1)  # what the last one predicts lies outside
