@@ -9,7 +9,7 @@ E / c does just that, whatever the shape of c, and is found by adding the guesse
 With poor drafts beyond the knee that leaves one position a row, which is plain decoding.
 
 So it is while a row that ends leaves its slot to another. When none waits any more, the batch takes as long as its
-longest row, and what a token of another row saves is worth less: `worth` says how much.
+slowest row, and what a token of another row saves is worth less: `worth` says how much.
 """
 
 import time
@@ -100,16 +100,16 @@ def _seconds(forward: Forward, widths: list[int], context: int) -> float:
     return time.perf_counter() - begin
 
 
-def worth(num_left: Sequence[int]) -> np.ndarray:
+def worth(steps_left: Sequence[float]) -> np.ndarray:
     """float64 [rows]: what a token of each row is worth, at most 1, when no row takes the place of one that ends.
 
-    The square of its length as a share of the longest: played through on steps of several machines, more gives up too
-    much where guesses are cheap, and less helps poor drafts too little.
+    It is the square of a row's steps as a share of the slowest row's. Played through on what several machines take, a
+    higher power gives up too much where guesses are cheap, and a lower one holds up the slowest row too much.
 
     Args:
-        num_left: per row, how many tokens are probably still to come, at least 1.
+        steps_left: per row, how many steps it is likely to need still, more than 0.
     """
-    left = np.array(num_left, float)
+    left = np.array(steps_left)
     found: np.ndarray = (left / left.max()) ** 2
     return found
 

@@ -58,6 +58,12 @@ class Row:
         return len(self.prompt) + len(self.tokens)
 
     @property
+    def steps_left(self) -> float:
+        """How many steps the row is likely to need still: the tokens to come, at the pace of those that it has made."""
+        num_left = self.guesser.num_left if self.guesser else self.max_tokens - len(self.tokens)
+        return num_left * (self.iterations + 1) / (len(self.tokens) - self.num_reserved + 1)
+
+    @property
     def room(self) -> int:
         """Cache positions that the row may come to need."""
         return -(-(len(self.prompt) + self.max_tokens) // GRAIN) * GRAIN
@@ -180,8 +186,8 @@ class DecodeLoop:
                 offer += self.eos[:1] * (most - len(offer))
         if self.cost is None:
             return guesses
-        left = [row.guesser.num_left if row.guesser else row.max_tokens - len(row.tokens) for row in self.active]
-        sizes = block_sizes(chances, self.cost, None if self.waiting else worth(left))
+        weights = None if self.waiting else worth([row.steps_left for row in self.active])
+        sizes = block_sizes(chances, self.cost, weights)
         return [guess[:size] for guess, size in zip(guesses, sizes, strict=True)]
 
     def _predict(self, tokens: list[list[int]], starts: list[int], num_logits: list[int]) -> list[int]:
