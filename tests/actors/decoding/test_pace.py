@@ -60,7 +60,7 @@ def elapsed(machine: str, overlap: float | None, *, seed: int, auto: bool = True
     """Milliseconds that rows take with drafts of which such a share of runs is right; None: without any."""
     generator = random.Random(seed)
     slots = max(MACHINES[machine])
-    lengths = [generator.randrange(24, 73) for _ in range(6 * slots)] if refilled else [120] * slots
+    lengths = [generator.randrange(24, 73) for _ in range(4 * slots)] if refilled else [120] * slots
     answers = [[generator.randrange(64, VOCABULARY) for _ in range(length)] for length in lengths]
     drafts = spoil(answers, max(overlap or 0.0, 0.0), VOCABULARY, seed)
     if overlap == PARTING:
