@@ -273,11 +273,15 @@ def test_a_draft_changes_the_forwards_and_not_the_answer(
         assert decoder == "auto" or sum(each.iterations for each in made) < sum(each.num_tokens for each in made)
 
 
+FREE = {1: {1: 1.0, 2: 1.0}}
+DEAR = {rows: {rows: 1.0, rows + 1: 100.0} for rows in range(1, 11)}  # no guess is worth that
+
+
 @pytest.mark.parametrize(
-    ("settings", "seconds_of_two"),
+    ("settings", "costs"),
     [
-        ({}, 1.0),  # guesses are free
-        ({}, 2.0),  # none is worth its position
+        ({}, FREE),
+        ({}, DEAR),
         ({"decoder": "parallel"}, None),
         ({"decoder": "greedy"}, None),
         ({"block_size": 1}, None),
@@ -290,17 +294,17 @@ def test_auto_alone_guesses_by_the_costs_that_it_measures(
     plain: list[Completion],
     monkeypatch: pytest.MonkeyPatch,
     settings: dict[str, Any],
-    seconds_of_two: float | None,
+    costs: dict[int, dict[int, float]] | None,
 ) -> None:
     def measure(*_: Any, **__: Any) -> StepCost:
-        assert seconds_of_two is not None
-        return StepCost({1: {1: 1.0, 2: seconds_of_two}})
+        assert costs is not None
+        return StepCost(costs)
 
     monkeypatch.setattr(StepCost, "measure", measure)
     made = drafting(llama_folder, with_drafts([made.text for made in plain]), **({"block_size": 8} | settings))
-    if seconds_of_two is not None:
+    if costs is not None:
         assert [each.text for each in made] == [each.text for each in plain]
-        assert (sum(each.accepted or 0 for each in made) > 0) == (seconds_of_two == 1.0)
+        assert (sum(each.accepted or 0 for each in made) > 0) == (costs is FREE)
 
 
 def test_without_a_draft_only_a_parallel_decoder_guesses(llama_folder: Path, plain: list[Completion]) -> None:
