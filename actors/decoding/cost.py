@@ -114,15 +114,16 @@ def worth(steps_left: Sequence[float]) -> np.ndarray:
     return found
 
 
-def block_sizes(chances: Sequence[np.ndarray], cost: StepCost, worth: np.ndarray | None = None) -> list[int]:
+def block_sizes(chances: Sequence[np.ndarray], cost: StepCost, weights: np.ndarray | None = None) -> list[int]:
     """How many guesses of each row go into the next forward, so that it makes the most tokens a second.
 
     Args:
         chances: per row, for each guess, that it and all before it are right: falling.
-        worth: float64 [rows], of a token of each row; None: all are worth the same.
+        weights: float64 [rows], what a token of each row is worth; None: all the same.
     """
     rows = len(chances)
-    weights = np.ones(rows) if worth is None else worth
+    if weights is None:
+        weights = np.ones(rows)
     flat = np.concatenate(chances)
     worth_a_look = flat >= LEAST_CHANCE
     owner = np.arange(rows).repeat([len(each) for each in chances])[worth_a_look]

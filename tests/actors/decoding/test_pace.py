@@ -20,6 +20,8 @@ from tests.benchmarks.drafts import spoil
 
 VOCABULARY = 512
 BLOCK = 32
+PARTING = -1.0
+"""In place of an overlap: each draft is right up to some point and wrong from there on, one early, another late."""
 ALONE = {1: 49.0, 8: 49.0, 16: 50.0, 32: 55.0}
 ALONE_IN_FLOAT32 = {1: 67.0, 2: 110.0, 4: 90.0, 16: 110.0, 32: 150.0}
 MACHINES = {  # SmolLM2 on two cores, milliseconds of a forward of one row and of as many as there are slots
@@ -50,10 +52,6 @@ class Played:
                 right = right and (place == 0 or token == answer[place - 1])
                 says.append(answer[place] if right and place < len(answer) else 7 + place)
         return F.one_hot(torch.tensor(says), VOCABULARY).float()
-
-
-PARTING = -1.0
-"""In place of an overlap: each draft is right up to some point and wrong from there on, one early, another late."""
 
 
 def elapsed(machine: str, overlap: float | None, *, seed: int, auto: bool = True, refilled: bool = True) -> float:
