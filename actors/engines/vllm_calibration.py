@@ -25,7 +25,7 @@ from actors.cache import cache_folder
 from actors.contract import ConfigError
 from actors.engines.vllm_drafts import DraftFolder, numbered
 
-VERSION = 3
+VERSION = 4
 """Counted up when the same machine comes to be measured otherwise: what was kept before is then measured anew."""
 LEAST_WITHOUT = 0.97
 """Drafts are out where poor ones would leave less than this of the tokens per second: they may cost 5 % in all."""
@@ -147,7 +147,9 @@ def _keep(path: Path, values: dict[str, Any]) -> None:
 
 
 def measure(start: Start, *, num_requests: int, max_guesses: int, max_model_len: int, num_words: int) -> Calibration:
-    """Start vLLM twice, for some seconds each: without a proposer, and with one whose guesses are all wrong.
+    """Start vLLM three times, for some seconds each: without a proposer, with one whose guesses are all wrong, without.
+
+    Plain vLLM is measured on both sides, or else a drift of the machine's pace would seem to be the proposer's.
 
     Guesses that are wrong cost a step what right ones do. The positions rise until tokens per second are FALLEN of the
     most there were, even if all guesses were right: a step of two positions may be slower than one of four.
@@ -157,6 +159,13 @@ def measure(start: Start, *, num_requests: int, max_guesses: int, max_model_len:
     prompts = generator.integers(0, num_words, (num_requests, length)).tolist()
     drafts = generator.integers(0, num_words, (num_requests, STEPS + max_guesses + 2)).tolist()
     numbers = sorted({min(2**n - 1, max_guesses) for n in range(max_guesses.bit_length() + 1)})
+
+    def plainly() -> float:
+        llm = start(0)
+        try:
+            return asyncio.run(_step_s(llm, prompts))
+        finally:
+            llm.shutdown(timeout=1)
 
     async def with_proposer(llm: AsyncLLM, folder: DraftFolder) -> dict[int, dict[int, float]]:
         found: dict[int, dict[int, float]] = {}
@@ -169,11 +178,7 @@ def measure(start: Start, *, num_requests: int, max_guesses: int, max_model_len:
                     break
         return found
 
-    llm = start(0)
-    try:
-        plain_s = asyncio.run(_step_s(llm, prompts))
-    finally:
-        llm.shutdown(timeout=1)
+    before_s = plainly()
     folder = DraftFolder(None)
     try:
         llm = start(max_guesses)
@@ -183,7 +188,7 @@ def measure(start: Start, *, num_requests: int, max_guesses: int, max_model_len:
             llm.shutdown(timeout=1)
     finally:
         folder.close()
-    return Calibration(num_requests, plain_s, drafting)
+    return Calibration(num_requests, (before_s + plainly()) / 2, drafting)
 
 
 async def _step_s(

@@ -43,9 +43,9 @@ from actors.engines.vllm_drafts import MAX_GUESSES, Costs, DraftFolder, DraftPro
 AUTO_MAX_SEQS = 128
 AUTO_MAX_SEQS_ON_CPU = 16
 """Above so many requests at a time `auto` makes no guesses, and does not measure what they would cost, for which vLLM
-has to start twice more on every new node. On a CPU a proposer left 0.9 times the tokens per second at 1 request, 0.8
-times at 8 and 0.4 times at 64: beyond it none can pay. On a GPU, where nothing was measured yet, so many requests alone
-are near the knee of a large model. `parallel` guesses at any number."""
+has to start three times more on every new node. On a CPU a proposer left 0.9 times the tokens per second at 1 request,
+0.8 times at 8 and 0.4 times at 64: beyond it none can pay. On a GPU, where nothing was measured yet, so many requests
+alone are near the knee of a large model. `parallel` guesses at any number."""
 TELL_EVERY_TOKENS = 16
 """How often vLLM tells what it has made of a request; often enough for progress lines."""
 
@@ -58,8 +58,8 @@ class VllmEngine:
 
     With a `DraftingConfig` and a parallel decoder, the draft of a request is what vLLM guesses its next tokens by. A
     proposer of guesses costs even where it makes none, so `auto` is decided before the engine starts: no guesses above
-    AUTO_MAX_SEQS requests at a time (AUTO_MAX_SEQS_ON_CPU), else by a calibration, for which vLLM starts twice more the
-    first time that a model and its settings are seen on a machine.
+    AUTO_MAX_SEQS requests at a time (AUTO_MAX_SEQS_ON_CPU), else by a calibration, for which vLLM starts three more
+    times, the first time that a model and its settings are seen on a machine.
 
     Args:
         num_threads: CPU threads, of all tensor parallel shards together.

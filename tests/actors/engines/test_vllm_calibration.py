@@ -118,6 +118,23 @@ def test_more_positions_are_measured_behind_a_kink_and_not_far_behind_the_best(m
     assert found.most == pytest.approx(8 * 0.04 / 0.06)
 
 
+def test_a_machine_that_slows_down_does_not_make_a_proposer_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each engine is a tenth of the first one's pace slower than the one before it: a proposer itself costs nothing."""
+    started: list[int] = []
+
+    def start(num_guesses: int) -> Any:
+        started.append(num_guesses)
+        return SimpleNamespace(shutdown=lambda timeout: None)
+
+    async def step_s(llm: Any, prompts: list[Any], *_: Any) -> float:
+        return 0.04 * (1 + 0.1 * len(started))
+
+    monkeypatch.setattr(vllm_calibration, "_step_s", step_s)
+    found = vllm_calibration.measure(start, num_requests=4, max_guesses=7, max_model_len=512, num_words=64)
+    assert started == [0, 7, 0]
+    assert found.without == pytest.approx(1)
+
+
 def config_of(folder: Path, **settings: Any) -> DraftingConfig:
     return DraftingConfig(**{"engine": "vllm", "model": str(folder), "max_num_seqs": 8, **settings})
 
