@@ -24,6 +24,8 @@ NEAR = 4  # tokens; as far from where it was expected, one token that agrees is 
 LONGEST = 16  # tokens; two places in a draft that agree with the text so far as this are told apart by distance
 PRIOR = [0.2, 0.5, 0.7, 0.8, 0.9, 0.5]  # chance by run: 0 to DEPTH, START
 PRIOR_WEIGHT = 4.0  # guesses
+KEPT = 0.9
+"""What is left of a record's past at each note: about the last ten count, as the next drafts may be poor ones."""
 BEHIND_WRONG = 0.5
 """What a guess behind a wrong one is worth of its chance. A step without it tells, at no price, whether the draft goes
 on again; then the next step can have the rest of it on better terms."""
@@ -37,13 +39,13 @@ class Record:
 
     def __init__(self, parent: "Record | None" = None) -> None:
         self.parent = parent
-        self.num_tried = [0] * len(PRIOR)
-        self.num_right = [0] * len(PRIOR)
+        self.num_tried = [0.0] * len(PRIOR)
+        self.num_right = [0.0] * len(PRIOR)
         self._known: list[float] | None = None  # chances, until a note changes them
 
     def note(self, run: int, right: bool) -> None:
-        self.num_tried[run] += 1
-        self.num_right[run] += right
+        self.num_tried[run] = KEPT * self.num_tried[run] + 1
+        self.num_right[run] = KEPT * self.num_right[run] + right
         self._known = None
         if self.parent is not None:
             self.parent.note(run, right)
