@@ -7,11 +7,11 @@ import hashlib
 import json
 import math
 import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from actors.cache import cache_folder
 from actors.contract import ConfigError
 from actors.engines.vllm_drafts import DraftFolder, numbered
 
-VERSION = 4
+VERSION = 5
 """Counted up when the same machine comes to be measured otherwise: what was kept before is then measured anew."""
 LEAST_WITHOUT = 0.97
 """Drafts are out where poor ones would leave less than this of the tokens per second: they may cost 5 % in all."""
@@ -36,7 +36,7 @@ FAILED_FOR_S = 3600.0
 PROMPT_TOKENS = 129
 """One more than whole cache blocks, of 16 to 128 tokens: those alone are kept, and the last token is run again."""
 STEPS = 8
-REPEATS = 5
+SWEEPS = 6
 FALLEN = 0.5
 """Share of the most tokens per second, below which more positions are not looked at."""
 
@@ -163,27 +163,18 @@ def measure(start: Start, *, num_requests: int, max_guesses: int, max_model_len:
     def plainly() -> float:
         llm = start(0)
         try:
-            return asyncio.run(_step_s(llm, prompts))
+            curves = asyncio.run(_step_costs(partial(_elapsed, llm, prompts), counts=[num_requests], numbers=[0]))
         finally:
             llm.shutdown(timeout=1)
-
-    async def with_proposer(llm: AsyncLLM, folder: DraftFolder) -> dict[int, dict[int, float]]:
-        found: dict[int, dict[int, float]] = {}
-        for count in {1, num_requests}:
-            curve = found[count] = {}
-            for num in numbers:
-                curve[count * (1 + num)] = await _step_s(llm, prompts[:count], drafts, folder, num)
-                paces = [positions / seconds for positions, seconds in curve.items()]
-                if paces[-1] < FALLEN * max(paces):
-                    break
-        return found
+        return curves[num_requests][num_requests]
 
     before_s = plainly()
     folder = DraftFolder(None)
     try:
         llm = start(max_guesses)
         try:
-            drafting = asyncio.run(with_proposer(llm, folder))
+            elapsed = partial(_elapsed, llm, prompts, drafts=drafts, folder=folder)
+            drafting = asyncio.run(_step_costs(elapsed, counts=sorted({1, num_requests}), numbers=numbers))
         finally:
             llm.shutdown(timeout=1)
     finally:
@@ -191,17 +182,49 @@ def measure(start: Start, *, num_requests: int, max_guesses: int, max_model_len:
     return Calibration(num_requests, (before_s + plainly()) / 2, drafting)
 
 
-async def _step_s(
+async def _step_costs(
+    elapsed: Callable[..., Awaitable[float]], *, counts: Sequence[int], numbers: Sequence[int]
+) -> dict[int, dict[int, float]]:
+    """Seconds of a step with so many requests, by its positions, which are as many guesses at each request allow.
+
+    It is what STEPS more steps take, each side the least of SWEEPS over all shapes: what else the machine does only
+    ever makes one slower, and a minute of it does not fall on the same shape each time.
+    """
+    shorts: dict[tuple[int, int], list[float]] = {}
+    longs: dict[tuple[int, int], list[float]] = {}
+
+    def step_s(shape: tuple[int, int]) -> float:
+        return (min(longs[shape]) - min(shorts[shape])) / STEPS
+
+    await elapsed(max(counts), 0, 2)  # reads the prompts, which are cached from now on
+    for _ in range(SWEEPS):
+        for count in counts:
+            most = 0.0
+            for num in numbers:
+                shorts.setdefault((count, num), []).append(await elapsed(count, num, 1))
+                longs.setdefault((count, num), []).append(await elapsed(count, num, 1 + STEPS))
+                pace = (1 + num) / step_s((count, num))
+                most = max(most, pace)
+                if pace < FALLEN * most:
+                    break
+    return {
+        count: {count * (1 + num): step_s((count, num)) for num in numbers if (count, num) in longs} for count in counts
+    }
+
+
+async def _elapsed(
     llm: AsyncLLM,
     prompts: Sequence[list[int]],
+    count: int,
+    num_guesses: int,
+    max_tokens: int,
+    *,
     drafts: Sequence[list[int]] = (),
     folder: DraftFolder | None = None,
-    num_guesses: int = 0,
 ) -> float:
-    """Seconds of a step with this many wrong guesses at each request: the median of what STEPS more steps take, each
-    time beside the same without them, which a slower minute slows alike."""
+    """Seconds in which the first `count` prompts get so many tokens each, with so many wrong guesses in each step."""
 
-    async def make(number: int, max_tokens: int) -> None:
+    async def make(number: int) -> None:
         how = SamplingParams(
             temperature=0, max_tokens=max_tokens, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY
         )
@@ -212,11 +235,6 @@ async def _step_s(
             async for _ in llm.generate(tokens_input(prompts[number]), how, f"{number} {time.monotonic_ns()}"):
                 pass
 
-    async def elapsed(max_tokens: int) -> float:
-        begin = time.perf_counter()
-        await asyncio.gather(*(make(number, max_tokens) for number in range(len(prompts))))
-        return time.perf_counter() - begin
-
-    await elapsed(2)  # reads the prompts, which are cached from now on
-    pairs = [(await elapsed(1), await elapsed(1 + STEPS)) for _ in range(REPEATS)]
-    return statistics.median(long - short for short, long in pairs) / STEPS
+    begin = time.perf_counter()
+    await asyncio.gather(*map(make, range(count)))
+    return time.perf_counter() - begin

@@ -1,6 +1,7 @@
 """`decoder: auto` inside vLLM is decided before the engine starts, by what steps cost here; that is measured once."""
 
 import json
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -97,42 +98,61 @@ def test_engines_that_start_together_measure_once() -> None:
     assert len(measured) == 1
 
 
-def test_more_positions_are_measured_behind_a_kink_and_not_far_behind_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two positions a request are dearer than four, as on some CPUs; beyond eight the arithmetic sets the pace."""
-    seconds = {0: 0.04, 1: 0.09, 3: 0.05, 7: 0.06, 15: 0.30, 31: 0.60}
+class Machine:
+    """Stands in for vLLM: a step takes what it is told to by its guesses, and the beginning of a request a second.
 
-    async def step_s(llm: Any, prompts: list[Any], *_: Any) -> float:
-        return seconds[_[-1] if _ else 0]
+    Args:
+        seconds: of a step, by the number of guesses at each request.
+        pace: of each engine that is started, what it multiplies all seconds by.
+        busy: of how many measurements one, drawn at random, takes twice as long.
+    """
 
-    monkeypatch.setattr(vllm_calibration, "_step_s", step_s)
-    engine = SimpleNamespace(shutdown=lambda timeout: None)
-    found = vllm_calibration.measure(
-        lambda num: engine,
-        num_requests=4,
-        max_guesses=31,
-        max_model_len=512,
-        num_words=64,  # type: ignore[arg-type]
-    )
+    def __init__(self, seconds: dict[int, float], pace: Callable[[int], float] = lambda n: 1.0, busy: int = 0) -> None:
+        self.seconds, self.pace, self.busy = seconds, pace, busy
+        self.started: list[int] = []
+        self.draws = random.Random(0)
+
+    def start(self, num_guesses: int) -> Any:
+        self.started.append(num_guesses)
+        return SimpleNamespace(shutdown=lambda timeout: None)
+
+    async def elapsed(self, llm: Any, prompts: Any, count: int, num: int, max_tokens: int, **_: Any) -> float:
+        late = 2 if self.busy and self.draws.randrange(self.busy) == 0 else 1
+        return late * self.pace(len(self.started)) * (1 + (max_tokens - 1) * self.seconds[num])
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], Calibration]:
+    def measured(machine: Machine) -> Calibration:
+        monkeypatch.setattr(vllm_calibration, "_elapsed", machine.elapsed)
+        return vllm_calibration.measure(machine.start, num_requests=4, max_guesses=31, max_model_len=512, num_words=64)
+
+    return measured
+
+
+KINKED = {0: 0.04, 1: 0.09, 3: 0.05, 7: 0.06, 15: 0.30, 31: 0.60}
+"""Two positions a request are dearer than four, as on some CPUs; beyond eight the arithmetic sets the pace."""
+
+
+def test_more_positions_are_measured_behind_a_kink_and_not_far_behind_the_best(
+    measured: Callable[[Machine], Calibration],
+) -> None:
+    found = measured(Machine(KINKED))
     assert list(found.drafting[4]) == [4, 8, 16, 32, 64]
     assert list(found.drafting[1]) == [1, 2, 4, 8, 16]
     assert found.most == pytest.approx(8 * 0.04 / 0.06)
 
 
-def test_a_machine_that_slows_down_does_not_make_a_proposer_dear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each engine is a tenth of the first one's pace slower than the one before it: a proposer itself costs nothing."""
-    started: list[int] = []
+def test_a_machine_that_slows_down_does_not_make_a_proposer_dear(measured: Callable[[Machine], Calibration]) -> None:
+    machine = Machine(KINKED, pace=lambda number: 1 + number / 10)
+    assert measured(machine).without == pytest.approx(1)
+    assert machine.started == [0, 31, 0]
 
-    def start(num_guesses: int) -> Any:
-        started.append(num_guesses)
-        return SimpleNamespace(shutdown=lambda timeout: None)
 
-    async def step_s(llm: Any, prompts: list[Any], *_: Any) -> float:
-        return 0.04 * (1 + 0.1 * len(started))
-
-    monkeypatch.setattr(vllm_calibration, "_step_s", step_s)
-    found = vllm_calibration.measure(start, num_requests=4, max_guesses=7, max_model_len=512, num_words=64)
-    assert started == [0, 7, 0]
-    assert found.without == pytest.approx(1)
+def test_what_else_a_machine_does_is_not_measured(measured: Callable[[Machine], Calibration]) -> None:
+    busy, quiet = measured(Machine(KINKED, busy=3)), measured(Machine(KINKED))
+    assert busy.plain_s == pytest.approx(quiet.plain_s)
+    assert busy.drafting[4] == pytest.approx(quiet.drafting[4])
 
 
 def config_of(folder: Path, **settings: Any) -> DraftingConfig:
