@@ -36,7 +36,7 @@ FAILED_FOR_S = 3600.0
 PROMPT_TOKENS = 129
 """One more than whole cache blocks, of 16 to 128 tokens: those alone are kept, and the last token is run again."""
 STEPS = 8
-SWEEPS = 6
+SWEEPS = 4
 FALLEN = 0.5
 """Share of the most tokens per second, below which more positions are not looked at."""
 
