@@ -108,7 +108,8 @@ def calibrated(key: dict[str, Any], measure: Callable[[], Calibration]) -> Calib
 
     Of several processes of a node that want one, the first measures it, while the others wait.
 
-    Raises NotMeasured where `measure` raises ConfigError or RuntimeError, and for FAILED_FOR_S seconds after that.
+    Raises NotMeasured where `measure` raises ConfigError, RuntimeError or (what it found cannot be) ValueError, and for
+    FAILED_FOR_S seconds after that.
     """
     key = json.loads(json.dumps(key | {"version": VERSION}, default=str))  # as it is read again
     folder = cache_folder() / "calibration"
@@ -126,7 +127,7 @@ def calibrated(key: dict[str, Any], measure: Callable[[], Calibration]) -> Calib
                     raise NotMeasured(_kept_failure(str(kept["failure"]), path))
         try:
             found = measure()
-        except (ConfigError, RuntimeError) as error:
+        except (ConfigError, RuntimeError, ValueError) as error:
             (failure, *_) = str(error).splitlines() or [type(error).__name__]
             _keep(path, {"key": key, "failure": failure, "failed_at": time.time()})
             raise NotMeasured(_kept_failure(failure, path)) from error

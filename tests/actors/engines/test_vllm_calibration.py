@@ -82,6 +82,11 @@ def test_where_nothing_can_be_kept_it_is_measured_each_time(cache: Path) -> None
     assert [calibrated(KEY, lambda each=each: each) for each in (GOOD, FLAT)] == [GOOD, FLAT]  # type: ignore[misc]
 
 
+def test_a_machine_on_which_nothing_can_be_measured_has_no_drafts() -> None:
+    with pytest.raises(vllm_calibration.NotMeasured, match=r"seconds -0.1, .*tried again after 60 minutes"):
+        calibrated(KEY, lambda: Calibration(32, -0.1, {32: {32: 0.1}}))
+
+
 def test_engines_that_start_together_measure_once() -> None:
     measured = []
 
