@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,6 @@ def test_all_sides_make_the_same_texts(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told = re.findall(r"^  (\w+) .* agree (\d+)/(\d+)", done.stdout, re.MULTILINE)
-    assert {name for name, _, _ in told} >= {"parallel", "ngram"}
+    assert {name for name, _, _ in told} >= {"parallel"} | ({"ngram"} if find_spec("numba") else set())
     assert all(agree == rows == "16" for _, agree, rows in told)
     assert re.findall(r"recipe (\w+):", done.stdout) == ["rewrite", "aligner", "metaaligner"]

@@ -6,8 +6,8 @@
 overlap: drafts are the model's own answers, of which runs of 12 tokens are replaced by others' at random; p is the
 share of the runs that are left. Beside each ratio stands the limit 1 / (1 - p + p / s), s being the ratio at p = 1,
 which is therefore always measured.
-correction: recipes whose prompt holds the answer that is its draft, also with vLLM's own `ngram` and `suffix` (which
-needs arctic-inference).
+correction: recipes whose prompt holds the answer that is its draft, also with vLLM's own `ngram` and `suffix`, which need
+numba and arctic-inference.
 
 A ratio is of tokens/s, in turn on the same rows, the median of the repeats with its range. "agree" counts the texts
 that are equal: in float32 that is all; in bfloat16 another batch shape parts where two tokens are as likely.
@@ -160,11 +160,11 @@ def main() -> None:
         if "overlap" in args.parts:
             measure_overlaps(args, batch, engines, chats)
         if "correction" in args.parts:
-            engines["ngram"] = start(batch, "greedy", speculative_config=NGRAM)
-            if find_spec("arctic_inference"):
-                engines["suffix"] = start(batch, "greedy", speculative_config=SUFFIX)
-            else:
-                print("suffix is not measured: arctic-inference is not installed")
+            for name, speculative_config, needs in (("ngram", NGRAM, "numba"), ("suffix", SUFFIX, "arctic_inference")):
+                if find_spec(needs):
+                    engines[name] = start(batch, "greedy", speculative_config=speculative_config)
+                else:
+                    print(f"{name} is not measured: {needs} is not installed")
             measure_correction(args, batch, engines, chats)
         for engine in engines.values():
             engine.close()
