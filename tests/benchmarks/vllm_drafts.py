@@ -6,8 +6,8 @@
 overlap: drafts are the model's own answers, of which runs of 12 tokens are replaced by others' at random; p is the
 share of the runs that are left. Beside each ratio stands the limit 1 / (1 - p + p / s), s being the ratio at p = 1,
 which is therefore always measured.
-correction: recipes whose prompt holds the answer that is its draft, also with vLLM's own `ngram` and `suffix`, which need
-numba and arctic-inference.
+correction: recipes whose prompt holds the answer that is its draft, also with vLLM's own `ngram` and `suffix`, where
+numba and arctic-inference are installed, which these need.
 
 A ratio is of tokens/s, in turn on the same rows, the median of the repeats with its range. "agree" counts the texts
 that are equal: in float32 that is all; in bfloat16 another batch shape parts where two tokens are as likely.
