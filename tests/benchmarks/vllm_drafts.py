@@ -132,7 +132,7 @@ def measure_correction(args: argparse.Namespace, batch: int, engines: dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["overlap", "correction", []], default=["overlap", "correction"])
+    parser.add_argument("parts", nargs="*", default=["overlap", "correction"], help="overlap, correction")
     parser.add_argument("--model", default=str(Path("~/.cache/burnish/SmolLM2-135M-Instruct").expanduser()))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -145,6 +145,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    if unknown := set(args.parts) - {"overlap", "correction"}:
+        raise SystemExit(f"no part is called {unknown.pop()}: they are overlap and correction")
     questions = [question.format(subject) for subject in SUBJECTS for question in QUESTIONS]  # 96
 
     def start(batch: int, decoder: Any, **engine_kwargs: Any) -> Engine:
