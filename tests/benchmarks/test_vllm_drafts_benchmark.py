@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).with_name("vllm_drafts.py")
 def test_all_sides_make_the_same_texts(tmp_path: Path) -> None:
     model = build_tiny_llama(tmp_path)
     options = f"--model {model} --dtype float32 --device cpu --batches 2 --overlaps 1 --decoders parallel"
-    sizes = "--recipes rewrite aligner metaaligner --max-tokens 16 --max-model-len 256 --repeats 1"
+    sizes = "--recipes rewrite aligner metaaligner --max-tokens 16 --max-model-len 512 --repeats 1"
     command = [sys.executable, str(SCRIPT), *options.split(), *sizes.split()]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
