@@ -32,7 +32,7 @@ on again; then the next step can have the rest of it on better terms."""
 
 
 class Record:
-    """How often a source of guesses was right, by its run: how many guesses before were right one after the other.
+    """How often a source of guesses was right of late, by its run: how many before were right one after the other.
 
     A row's record begins with what its parent knows, the record of all rows of the loop.
     """

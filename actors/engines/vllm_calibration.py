@@ -9,6 +9,7 @@ import math
 import platform
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -44,6 +45,10 @@ Start = Callable[[int], AsyncLLM]
 """Starts vLLM with a proposer of at most so many guesses, or without one for 0."""
 
 
+class Impossible(ValueError):
+    """What is said to have been measured cannot have been."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Seconds of a step in which every request of a full engine gets a token.
@@ -59,14 +64,14 @@ class Calibration:
     drafting: Mapping[int, Mapping[int, float]]
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what cannot have been measured."""
+        """Raises Impossible."""
         for num, curve in self.drafting.items():
             if min(curve) != num or list(curve) != sorted(curve):
-                raise ValueError(f"positions {list(curve)} of {num} requests")
+                raise Impossible(f"positions {list(curve)} of {num} requests")
             if not all(0 < seconds < math.inf for seconds in (self.plain_s, *curve.values())):
-                raise ValueError(f"seconds {self.plain_s}, {curve}")
+                raise Impossible(f"seconds {self.plain_s}, {curve}")
         if self.num_requests not in self.drafting:
-            raise ValueError(f"nothing of {self.num_requests} requests")
+            raise Impossible(f"nothing of {self.num_requests} requests")
 
     @property
     def without(self) -> float:
@@ -108,8 +113,7 @@ def calibrated(key: dict[str, Any], measure: Callable[[], Calibration]) -> Calib
 
     Of several processes of a node that want one, the first measures it, while the others wait.
 
-    Raises NotMeasured where `measure` raises ConfigError, RuntimeError or (what it found cannot be) ValueError, and for
-    FAILED_FOR_S seconds after that.
+    Raises NotMeasured where `measure` raises ConfigError, RuntimeError or Impossible, and FAILED_FOR_S seconds long.
     """
     key = json.loads(json.dumps(key | {"version": VERSION}, default=str))  # as it is read again
     folder = cache_folder() / "calibration"
@@ -127,7 +131,7 @@ def calibrated(key: dict[str, Any], measure: Callable[[], Calibration]) -> Calib
                     raise NotMeasured(_kept_failure(str(kept["failure"]), path))
         try:
             found = measure()
-        except (ConfigError, RuntimeError, ValueError) as error:
+        except (ConfigError, RuntimeError, Impossible) as error:
             (failure, *_) = str(error).splitlines() or [type(error).__name__]
             _keep(path, {"key": key, "failure": failure, "failed_at": time.time()})
             raise NotMeasured(_kept_failure(failure, path)) from error
@@ -161,26 +165,20 @@ def measure(start: Start, *, num_requests: int, max_guesses: int, max_model_len:
     drafts = generator.integers(0, num_words, (num_requests, STEPS + max_guesses + 2)).tolist()
     numbers = sorted({min(2**n - 1, max_guesses) for n in range(max_guesses.bit_length() + 1)})
 
-    def plainly() -> float:
-        llm = start(0)
+    def curves(most: int, counts: list[int], numbers: list[int], **how: Any) -> dict[int, dict[int, float]]:
+        llm = start(most)
         try:
-            curves = asyncio.run(_step_costs(partial(_elapsed, llm, prompts), counts=[num_requests], numbers=[0]))
+            return asyncio.run(_step_costs(partial(_elapsed, llm, prompts, **how), counts=counts, numbers=numbers))
         finally:
             llm.shutdown(timeout=1)
-        return curves[num_requests][num_requests]
 
-    before_s = plainly()
-    folder = DraftFolder(None)
-    try:
-        llm = start(max_guesses)
-        try:
-            elapsed = partial(_elapsed, llm, prompts, drafts=drafts, folder=folder)
-            drafting = asyncio.run(_step_costs(elapsed, counts=sorted({1, num_requests}), numbers=numbers))
-        finally:
-            llm.shutdown(timeout=1)
-    finally:
-        folder.close()
-    return Calibration(num_requests, (before_s + plainly()) / 2, drafting)
+    def plain_s() -> float:
+        return curves(0, [num_requests], [0])[num_requests][num_requests]
+
+    before_s = plain_s()
+    with contextlib.closing(DraftFolder(None)) as folder:
+        drafting = curves(max_guesses, sorted({1, num_requests}), numbers, drafts=drafts, folder=folder)
+    return Calibration(num_requests, (before_s + plain_s()) / 2, drafting)
 
 
 async def _step_costs(
@@ -191,26 +189,23 @@ async def _step_costs(
     It is what STEPS more steps take, each side the least of SWEEPS over all shapes: what else the machine does only
     ever makes one slower, and a minute of it does not fall on the same shape each time.
     """
-    shorts: dict[tuple[int, int], list[float]] = {}
-    longs: dict[tuple[int, int], list[float]] = {}
-
-    def step_s(shape: tuple[int, int]) -> float:
-        return (min(longs[shape]) - min(shorts[shape])) / STEPS
-
+    shorts: defaultdict[tuple[int, int], float] = defaultdict(lambda: math.inf)
+    longs: defaultdict[tuple[int, int], float] = defaultdict(lambda: math.inf)
+    found: dict[int, dict[int, float]] = {count: {} for count in counts}
     await elapsed(max(counts), 0, 2)  # reads the prompts, which are cached from now on
     for _ in range(SWEEPS):
         for count in counts:
             most = 0.0
             for num in numbers:
-                shorts.setdefault((count, num), []).append(await elapsed(count, num, 1))
-                longs.setdefault((count, num), []).append(await elapsed(count, num, 1 + STEPS))
-                pace = (1 + num) / step_s((count, num))
+                shape, positions = (count, num), count * (1 + num)
+                shorts[shape] = min(shorts[shape], await elapsed(*shape, 1))
+                longs[shape] = min(longs[shape], await elapsed(*shape, 1 + STEPS))
+                found[count][positions] = (longs[shape] - shorts[shape]) / STEPS
+                pace = positions / found[count][positions]
                 most = max(most, pace)
                 if pace < FALLEN * most:
                     break
-    return {
-        count: {count * (1 + num): step_s((count, num)) for num in numbers if (count, num) in longs} for count in counts
-    }
+    return found
 
 
 async def _elapsed(

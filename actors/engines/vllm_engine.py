@@ -43,7 +43,7 @@ from actors.engines.vllm_drafts import MAX_GUESSES, Costs, DraftFolder, DraftPro
 AUTO_MAX_SEQS = 128
 AUTO_MAX_SEQS_ON_CPU = 16
 """Above so many requests at a time `auto` makes no guesses, and does not measure what they would cost, for which vLLM
-has to start three times more on every new node. On a CPU a proposer left 0.9 times the tokens per second at 1 request,
+has to start three more times on every new node. On a CPU a proposer left 0.9 times the tokens per second at 1 request,
 0.8 times at 8 and 0.4 times at 64: beyond it none can pay. On a GPU, where nothing was measured yet, so many requests
 alone are near the knee of a large model. `parallel` guesses at any number."""
 TELL_EVERY_TOKENS = 16

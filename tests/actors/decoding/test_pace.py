@@ -83,7 +83,6 @@ def elapsed(
     kind: dict[str, Any] = {"block_size": BLOCK, "cost": model.cost if auto else None} if overlap is not None else {}
     loop = model.loop = DecodeLoop(model, str, eos=[2], max_num_seqs=slots, kv_cache_tokens=1 << 20, **kind)  # type: ignore[arg-type]
     rows = [Row((1,), len(answer), i, drafts[i] if kind else None) for i, answer in enumerate(answers)]
-    begin = 0.0
     for group in (rows[:num_before], rows[num_before:]):
         begin = model.elapsed
         for row in group:
