@@ -133,7 +133,7 @@ def measure_correction(args: argparse.Namespace, batch: int, engines: dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=PARTS, help="all of them, where none is named")
+    parser.add_argument("part", nargs="?", choices=PARTS, help="all of them, where none is named")
     parser.add_argument("--model", default=str(Path("~/.cache/burnish/SmolLM2-135M-Instruct").expanduser()))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    args.parts = args.parts or PARTS
+    parts = [args.part] if args.part else PARTS
     questions = [question.format(subject) for subject in SUBJECTS for question in QUESTIONS]  # 96
 
     def start(batch: int, decoder: Any, **engine_kwargs: Any) -> Engine:
@@ -159,9 +159,9 @@ def main() -> None:
     for batch in args.batches:
         chats = [Request((("user", question),), seed) for seed, question in enumerate(questions[: max(16, batch)])]
         engines = {"plain": start(batch, "greedy")} | {decoder: start(batch, decoder) for decoder in args.decoders}
-        if "overlap" in args.parts:
+        if "overlap" in parts:
             measure_overlaps(args, batch, engines, chats)
-        if "correction" in args.parts:
+        if "correction" in parts:
             for name, speculative_config, needs in (("ngram", NGRAM, "numba"), ("suffix", SUFFIX, "arctic_inference")):
                 if find_spec(needs):
                     engines[name] = start(batch, "greedy", speculative_config=speculative_config)
