@@ -22,6 +22,7 @@ from actors.decoding.forward import STEP_TOKENS, Forward
 from actors.decoding.sampling import greedy
 
 LEAST_CHANCE = 0.01  # below it no guess is made, even where it seems to be free
+LEAST_GAIN = 1.06  # times the pace without guesses; what promises less is not made, as costs are known to some percent
 CONTEXT = 128  # tokens; what the measured rows have in the cache
 SWEEPS = 2
 FAR = 2.0  # times the seconds of one position a row; beyond it the curve is straight
@@ -58,8 +59,9 @@ class StepCost:
     @classmethod
     @torch.inference_mode()
     def measure(cls, forward: Forward, num_rows: int, block_size: int, max_positions: int) -> "StepCost":
-        """Time forwards of one row and of `num_rows` rows: of 1, 2, 4, … positions of each row, and of one row alone
-        beside a single position of all others, which attention lays out otherwise. Takes seconds at most.
+        """Time forwards of one row and of `num_rows` rows, in which one row or a quarter of them has 2, 4, … positions
+        and each other row a single one: rows differ in their guesses, and attention lays those out otherwise that do
+        not. Takes seconds at most.
 
         Nothing may be in the cache yet, and nothing is afterwards.
 
@@ -77,19 +79,22 @@ class StepCost:
                 for widths in _shapes(rows, block_size):
                     seconds, total = _seconds(forward, widths, context), sum(widths)
                     curve[total] = min(seconds, curve.get(total, seconds))
-                    is_even = min(widths) > 1 or rows == 1 < total
-                    if is_even and (curve[total] > FAR * curve[rows] or 2 * total > STEP_TOKENS):
+                    is_one_guessing = rows > 1 and widths[1] == 1
+                    if not is_one_guessing and (curve[total] > FAR * curve[rows] or 2 * total > STEP_TOKENS):
                         break
         forward.cache.resize(0, 0, used=0)
         return cls(table)
 
 
 def _shapes(rows: int, block_size: int) -> list[list[int]]:
-    """Positions of each row in the forwards that are measured, fewest in all first."""
+    """Positions of each row in the forwards that are measured, fewest in all first. All rows have several only in
+    those of more than a quarter could have."""
     sizes = [2**i for i in range(block_size.bit_length())]
-    even = [[q] * rows for q in sizes]
-    alone = [[q] + [1] * (rows - 1) for q in sizes[1:]] if rows > 1 else []
-    return sorted([*even, *alone], key=sum)
+    quarter = -(-rows // 4)
+    unlike = [[q] * some + [1] * (rows - some) for q in sizes[1:] for some in sorted({1, quarter})]
+    most = max(map(sum, unlike), default=rows)
+    alike = [[q] * rows for q in sizes if q == 1 or q * rows > most]
+    return sorted([*alike, *unlike], key=sum)
 
 
 def _seconds(forward: Forward, widths: list[int], context: int) -> float:
@@ -115,7 +120,8 @@ def worth(steps_left: Sequence[float]) -> np.ndarray:
 
 
 def block_sizes(chances: Sequence[np.ndarray], cost: StepCost, weights: np.ndarray | None = None) -> list[int]:
-    """How many guesses of each row go into the next forward, so that it makes the most tokens a second.
+    """How many guesses of each row go into the next forward, so that it makes the most tokens a second; none where that
+    is not LEAST_GAIN as many as without.
 
     Args:
         chances: per row, for each guess, that it and all before it are right: falling.
@@ -130,7 +136,10 @@ def block_sizes(chances: Sequence[np.ndarray], cost: StepCost, weights: np.ndarr
     flat = flat[worth_a_look] * weights[owner]
     order = np.argsort(-flat, kind="stable")  # stable: of equal ones a row's earlier guess comes first
     tokens = weights.sum() + np.append(0.0, flat[order].cumsum())
-    best = int((tokens / cost.seconds(rows, len(order))).argmax())
+    pace = tokens / cost.seconds(rows, len(order))
+    best = int(pace.argmax())
+    if pace[best] < LEAST_GAIN * pace[0]:
+        best = 0
     sizes = np.bincount(owner[order[:best]], minlength=rows)
     found: list[int] = sizes.tolist()
     return found

@@ -1,6 +1,6 @@
 """Measures what drafts gain inside vLLM: the engine with `decoder: auto` and `parallel` against plain vLLM.
 
-    python tests/benchmarks/vllm_drafts.py [overlap] [correction] [--model FOLDER]
+    python tests/benchmarks/vllm_drafts.py [overlap | correction] [--model FOLDER]
     python tests/benchmarks/vllm_drafts.py overlap --batches 4 --overlaps 0 1 --repeats 1  # three minutes
 
 overlap: drafts are the model's own answers, of which runs of 12 tokens are replaced by others' at random; p is the

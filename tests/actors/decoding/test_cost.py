@@ -1,4 +1,5 @@
-"""Blocks are as long as makes the most tokens a second, by the costs that were measured or given."""
+"""Blocks are as long as makes the most tokens a second, by the costs that were measured or given, where that is worth
+the risk that these are not quite true."""
 
 from itertools import product
 
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from actors.decoding.cost import StepCost, block_sizes
+from actors.decoding.cost import LEAST_GAIN, StepCost, _shapes, block_sizes
 from actors.decoding.forward import Forward
 
 KNEE = StepCost({1: {1: 10.0, 64: 10.0, 128: 20.0}})
@@ -25,13 +26,14 @@ def pace(sizes: tuple[int, ...], chances: list[np.ndarray], cost: StepCost) -> f
     st.lists(st.lists(st.floats(0.02, 1.0), max_size=4), min_size=1, max_size=4),
     st.lists(st.floats(0.1, 5.0), min_size=1, max_size=6),
 )
-def test_no_other_blocks_are_faster(chances: list[list[float]], seconds: list[float]) -> None:
+def test_no_other_blocks_are_faster_than_a_little(chances: list[list[float]], seconds: list[float]) -> None:
     falling = [np.array(row).cumprod() for row in chances]
     falling = [row[row >= 0.01] for row in falling]
     cost = StepCost({1: dict(enumerate(seconds, 1))})
     sizes = block_sizes(falling, cost)
     best = max(pace(each, falling, cost) for each in product(*(range(len(row) + 1) for row in falling)))
-    assert pace(tuple(sizes), falling, cost) == pytest.approx(best)
+    none = pace((0,) * len(falling), falling, cost)
+    assert pace(tuple(sizes), falling, cost) == pytest.approx(best if best >= LEAST_GAIN * none else none)
 
 
 def test_below_the_knee_blocks_are_whole_and_beyond_it_they_earn_their_keep() -> None:
@@ -59,6 +61,17 @@ def test_costs_between_and_beyond_what_was_measured() -> None:
     assert cost.seconds(4, 8).tolist()[::4] == [1.0, 1.0, 4.0]  # less is never dearer
     assert cost.seconds(9, 4)[-1] == pytest.approx(4.375)
     assert cost.seconds(3, 0).tolist() == [pytest.approx(1 / 3 * 2.0 + 2 / 3 * 1.0)]
+
+
+@pytest.mark.parametrize(("rows", "block_size"), [(1, 1), (1, 64), (2, 16), (8, 16), (32, 64)])
+def test_rows_are_measured_as_unlike_as_their_guesses_make_them(rows: int, block_size: int) -> None:
+    shapes = _shapes(rows, block_size)
+    assert shapes == sorted(shapes, key=sum)
+    assert (shapes[0], shapes[-1]) == ([1] * rows, [block_size] * rows)
+    assert all(len(widths) == rows for widths in shapes)
+    unlike = [max(widths) > min(widths) for widths in shapes[1:]]
+    assert unlike == sorted(unlike, reverse=True), "rows of as many guesses are cheaper, and would hide the price"
+    assert any(unlike) == (rows > 1)
 
 
 def test_measuring_leaves_no_trace(llama: PreTrainedModel) -> None:

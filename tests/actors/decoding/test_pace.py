@@ -6,6 +6,8 @@ batch lasts as long as its slowest.
 """
 
 import random
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ ALONE_IN_FLOAT32 = {1: 67.0, 2: 110.0, 4: 90.0, 16: 110.0, 32: 150.0}
 MACHINES = {  # SmolLM2 on two cores, milliseconds of a forward of one row and of as many as there are slots
     "bfloat16": {1: ALONE, 8: {8: 50.0, 32: 61.0, 64: 75.0, 128: 87.0, 256: 124.0}},
     "float32": {1: ALONE_IN_FLOAT32, 8: {8: 95.0, 16: 110.0, 64: 230.0, 128: 400.0}},
+    "bfloat16, 32 rows": {1: ALONE, 32: {32: 98.0, 33: 108.0, 39: 118.0, 63: 157.0, 95: 187.0, 128: 220.0, 256: 350.0}},
     "float32, 32 rows": {1: ALONE_IN_FLOAT32, 32: {32: 115.0, 64: 165.0, 128: 270.0, 256: 470.0, 512: 880.0}},
     "beyond the knee": {1: ALONE, 8: {8: 50.0, 9: 55.5, 64: 358.0}},  # every position costs what it did before
 }
@@ -62,11 +65,13 @@ def elapsed(
     auto: bool = True,
     refilled: bool = True,
     before: float | None = None,
+    told: Callable[[StepCost], StepCost] = lambda true: true,
 ) -> float:
     """Milliseconds that rows take with drafts of which such a share of runs is right; None: without any.
 
     Args:
         before: overlap of as many rows that are decoded first and not counted: what the loop learns from.
+        told: the costs that the loop takes for true.
     """
     generator = random.Random(seed)
     slots = max(MACHINES[machine])
@@ -80,7 +85,9 @@ def elapsed(
         parts = [generator.randrange(len(answer)) for answer in answers]
         drafts = [answer[:part] + wrong[part:] for answer, wrong, part in zip(answers, drafts, parts, strict=True)]
     model = Played(answers, StepCost(MACHINES[machine]))
-    kind: dict[str, Any] = {"block_size": BLOCK, "cost": model.cost if auto else None} if overlap is not None else {}
+    kind: dict[str, Any] = (
+        {"block_size": BLOCK, "cost": told(model.cost) if auto else None} if overlap is not None else {}
+    )
     loop = model.loop = DecodeLoop(model, str, eos=[2], max_num_seqs=slots, kv_cache_tokens=1 << 20, **kind)  # type: ignore[arg-type]
     rows = [Row((1,), len(answer), i, drafts[i] if kind else None) for i, answer in enumerate(answers)]
     for group in (rows[:num_before], rows[num_before:]):
@@ -114,6 +121,18 @@ def test_no_draft_makes_a_batch_that_is_not_refilled_slower_by_a_tenth(machine: 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_drafts_that_become_poor_are_soon_trusted_no_more(machine: str) -> None:
     assert faster(machine, 0, before=1) >= 0.95
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("refilled", [True, False])
+def test_poor_drafts_are_left_alone_though_costs_are_known_to_a_tenth_only(machine: str, refilled: bool) -> None:
+    assert min(faster(machine, 0, refilled=refilled, told=partial(a_tenth_off, seed)) for seed in range(6)) >= 0.97
+
+
+def a_tenth_off(seed: int, true: StepCost) -> StepCost:
+    draw = random.Random(seed)
+    off = {rows: {n: s * draw.uniform(0.9, 1.1) for n, s in curve.items()} for rows, curve in true.table.items()}
+    return StepCost(off)
 
 
 def test_where_guesses_are_cheap_good_drafts_make_it_several_times_faster() -> None:
