@@ -5,6 +5,7 @@ cost next to nothing: every row gets all guesses that have a chance, LEAST_CHANC
 arithmetic does, and a guess must earn its keep: it is worth the chance p that it stays, its price is the time dc/dn of
 one more position, and where E tokens are made in c seconds it pays while p >= dc/dn * E / c. The choice that maximises
 E / c does just that, whatever the shape of c, and is found by adding the guesses of all rows in order of their chances.
+Where it is not LEAST_GAIN times what no guesses at all make, there are none: a gain so small may be an error of c.
 
 With poor drafts beyond the knee that leaves one position a row, which is plain decoding.
 
@@ -22,7 +23,7 @@ from actors.decoding.forward import STEP_TOKENS, Forward
 from actors.decoding.sampling import greedy
 
 LEAST_CHANCE = 0.01  # below it no guess is made, even where it seems to be free
-LEAST_GAIN = 1.06  # times the pace without guesses; what promises less is not made, as costs are known to some percent
+LEAST_GAIN = 1.06  # times the pace without guesses
 CONTEXT = 128  # tokens; what the measured rows have in the cache
 SWEEPS = 2
 FAR = 2.0  # times the seconds of one position a row; beyond it the curve is straight
@@ -59,9 +60,9 @@ class StepCost:
     @classmethod
     @torch.inference_mode()
     def measure(cls, forward: Forward, num_rows: int, block_size: int, max_positions: int) -> "StepCost":
-        """Time forwards of one row and of `num_rows` rows, in which one row or a quarter of them has 2, 4, … positions
-        and each other row a single one: rows differ in their guesses, and attention lays those out otherwise that do
-        not. Takes seconds at most.
+        """Time forwards of one row and of `num_rows` rows. One of these or a quarter has 2, 4, … positions and each
+        other row a single one, as rows differ in their guesses, and attention lays those out otherwise that do not;
+        more positions than a quarter of the rows can take are shared out evenly. Takes seconds at most.
 
         Nothing may be in the cache yet, and nothing is afterwards.
 
@@ -79,7 +80,7 @@ class StepCost:
                 for widths in _shapes(rows, block_size):
                     seconds, total = _seconds(forward, widths, context), sum(widths)
                     curve[total] = min(seconds, curve.get(total, seconds))
-                    is_one_guessing = rows > 1 and widths[1] == 1
+                    is_one_guessing = rows > 4 and widths[1] == 1  # of fewer, one is a quarter
                     if not is_one_guessing and (curve[total] > FAR * curve[rows] or 2 * total > STEP_TOKENS):
                         break
         forward.cache.resize(0, 0, used=0)
@@ -87,8 +88,7 @@ class StepCost:
 
 
 def _shapes(rows: int, block_size: int) -> list[list[int]]:
-    """Positions of each row in the forwards that are measured, fewest in all first. All rows have several only in
-    those of more than a quarter could have."""
+    """Positions of each row in the forwards that are measured, fewest in all first."""
     sizes = [2**i for i in range(block_size.bit_length())]
     quarter = -(-rows // 4)
     unlike = [[q] * some + [1] * (rows - some) for q in sizes[1:] for some in sorted({1, quarter})]

@@ -113,7 +113,8 @@ def calibrated(key: dict[str, Any], measure: Callable[[], Calibration]) -> Calib
 
     Of several processes of a node that want one, the first measures it, while the others wait.
 
-    Raises NotMeasured where `measure` raises ConfigError, RuntimeError or Impossible, and FAILED_FOR_S seconds long.
+    Raises NotMeasured where `measure` raises ConfigError, RuntimeError, OSError (no memory left for drafts) or
+    Impossible, and FAILED_FOR_S seconds long.
     """
     key = json.loads(json.dumps(key | {"version": VERSION}, default=str))  # as it is read again
     folder = cache_folder() / "calibration"
@@ -131,7 +132,7 @@ def calibrated(key: dict[str, Any], measure: Callable[[], Calibration]) -> Calib
                     raise NotMeasured(_kept_failure(str(kept["failure"]), path))
         try:
             found = measure()
-        except (ConfigError, RuntimeError, Impossible) as error:
+        except (ConfigError, RuntimeError, OSError, Impossible) as error:
             (failure, *_) = str(error).splitlines() or [type(error).__name__]
             _keep(path, {"key": key, "failure": failure, "failed_at": time.time()})
             raise NotMeasured(_kept_failure(failure, path)) from error
@@ -225,11 +226,14 @@ async def _elapsed(
             temperature=0, max_tokens=max_tokens, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY
         )
         with contextlib.ExitStack() as held:
+            outcome = None
             if folder is not None:
                 draft = folder.holding(prompts[number], drafts[number], max_tokens=1 << 20, max_guesses=num_guesses)
-                held.enter_context(draft)
+                outcome = held.enter_context(draft)
             async for _ in llm.generate(tokens_input(prompts[number]), how, f"{number} {time.monotonic_ns()}"):
                 pass
+            if outcome and max_tokens > 1 and outcome.counts(max_tokens)[0] is None:
+                raise Impossible("the proposer saw no guesses: what steps cost with some is not known")
 
     begin = time.perf_counter()
     await asyncio.gather(*map(make, range(count)))

@@ -114,7 +114,7 @@ def main() -> None:
         from tests.benchmarks.draw import draw
 
         lines = args.json.read_text().splitlines()
-        args.plot.write_text(draw([figures for line in lines if (figures := json.loads(line))["part"] != "refilled"]))
+        args.plot.write_text(draw(map(json.loads, lines)))
 
 
 def record(file: Path | None, **figures: Any) -> None:

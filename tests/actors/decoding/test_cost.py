@@ -9,15 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from actors.decoding.cost import LEAST_GAIN, StepCost, _shapes, block_sizes
-from actors.decoding.forward import Forward
+from actors.decoding import cost as cost_module
+from actors.decoding.cost import LEAST_GAIN, StepCost, _shapes, block_sizes, worth
+from actors.decoding.forward import STEP_TOKENS, Forward
 
 KNEE = StepCost({1: {1: 10.0, 64: 10.0, 128: 20.0}})
 
 
-def pace(sizes: tuple[int, ...], chances: list[np.ndarray], cost: StepCost) -> float:
-    """Expected tokens a second."""
-    tokens = len(sizes) + sum(chance[:size].sum() for size, chance in zip(sizes, chances, strict=True))
+def pace(sizes: tuple[int, ...], chances: list[np.ndarray], cost: StepCost, weights: np.ndarray) -> float:
+    """What the expected tokens are worth, a second."""
+    tokens = sum(w * (1 + chance[:size].sum()) for w, size, chance in zip(weights, sizes, chances, strict=True))
     return float(tokens / cost.seconds(len(sizes), sum(sizes))[-1])
 
 
@@ -25,15 +26,19 @@ def pace(sizes: tuple[int, ...], chances: list[np.ndarray], cost: StepCost) -> f
 @given(
     st.lists(st.lists(st.floats(0.02, 1.0), max_size=4), min_size=1, max_size=4),
     st.lists(st.floats(0.1, 5.0), min_size=1, max_size=6),
+    st.lists(st.floats(0.1, 1.0), min_size=4, max_size=4),
 )
-def test_no_other_blocks_are_faster_than_a_little(chances: list[list[float]], seconds: list[float]) -> None:
+def test_no_other_blocks_are_faster_than_a_little(
+    chances: list[list[float]], seconds: list[float], steps_left: list[float]
+) -> None:
     falling = [np.array(row).cumprod() for row in chances]
     falling = [row[row >= 0.01] for row in falling]
     cost = StepCost({1: dict(enumerate(seconds, 1))})
-    sizes = block_sizes(falling, cost)
-    best = max(pace(each, falling, cost) for each in product(*(range(len(row) + 1) for row in falling)))
-    none = pace((0,) * len(falling), falling, cost)
-    assert pace(tuple(sizes), falling, cost) == pytest.approx(best if best >= LEAST_GAIN * none else none)
+    weights = worth(steps_left[: len(falling)])
+    found = pace(tuple(block_sizes(falling, cost, weights)), falling, cost, weights)
+    best = max(pace(each, falling, cost, weights) for each in product(*(range(len(row) + 1) for row in falling)))
+    none = pace((0,) * len(falling), falling, cost, weights)
+    assert found == pytest.approx(best if best >= LEAST_GAIN * none else none)
 
 
 def test_below_the_knee_blocks_are_whole_and_beyond_it_they_earn_their_keep() -> None:
@@ -72,6 +77,35 @@ def test_rows_are_measured_as_unlike_as_their_guesses_make_them(rows: int, block
     unlike = [max(widths) > min(widths) for widths in shapes[1:]]
     assert unlike == sorted(unlike, reverse=True), "rows of as many guesses are cheaper, and would hide the price"
     assert any(unlike) == (rows > 1)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8, 32])
+def test_measuring_stops_where_arithmetic_sets_the_pace(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    monkeypatch.setattr(cost_module, "_seconds", lambda forward, widths, context: 1 + max(0, sum(widths) - 2 * rows))
+    cost = StepCost.measure(Forward(llama), rows, block_size=64, max_positions=200)
+    beyond = [total for total, seconds in cost.table[rows].items() if seconds > 2]
+    alone = {rows - 1 + 2**n for n in range(1, 7)} if rows > 4 else set()
+    assert len(set(beyond) - alone) == 1
+
+
+def test_measuring_goes_no_further_than_one_forward_makes_logits_for(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost_module, "_seconds", lambda forward, widths, context: 1.0)
+    cost = StepCost.measure(Forward(llama), 32, block_size=64, max_positions=200)
+    assert STEP_TOKENS / 2 < max(cost.table[32]) <= STEP_TOKENS
+    crowd = StepCost.measure(Forward(llama), STEP_TOKENS, block_size=64, max_positions=200)
+    assert max(crowd.table[STEP_TOKENS]) == 1.25 * STEP_TOKENS  # one more position each of a quarter: it has a slope
+
+
+def test_a_token_counts_by_the_steps_that_its_row_still_needs() -> None:
+    assert worth([10, 5, 1]).tolist() == [1.0, 0.25, pytest.approx(0.01)]
+    same = [np.array([0.8])] * 2
+    dear = StepCost({1: {1: 0.6, 2: 1.0, 3: 1.5, 4: 2.0}})
+    assert block_sizes(same, dear, worth([2, 10])) == [0, 1]
+    assert block_sizes(same, dear, worth([10, 2])) == [1, 0]
 
 
 def test_measuring_leaves_no_trace(llama: PreTrainedModel) -> None:

@@ -1,14 +1,17 @@
 """`decoder: auto` inside vLLM is decided before the engine starts, by what steps cost here; that is measured once."""
 
+import asyncio
+import contextlib
 import json
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -16,7 +19,7 @@ from actors.contract import ConfigError
 from actors.engines import vllm_calibration, vllm_engine
 from actors.engines.base import DraftingConfig, EngineConfig
 from actors.engines.vllm_calibration import Calibration, calibrated
-from actors.engines.vllm_drafts import MAX_GUESSES
+from actors.engines.vllm_drafts import MAX_GUESSES, DraftFolder
 
 GOOD = Calibration(32, 0.100, {1: {1: 0.02, 8: 0.02}, 32: {32: 0.101, 64: 0.11, 128: 0.14}})
 DEAR = Calibration(32, 0.100, {32: {32: 0.108, 64: 0.11, 128: 0.14}})  # a proposer that never guesses costs 8 %
@@ -85,6 +88,30 @@ def test_where_nothing_can_be_kept_it_is_measured_each_time(cache: Path) -> None
 def test_a_machine_on_which_nothing_can_be_measured_has_no_drafts() -> None:
     with pytest.raises(vllm_calibration.NotMeasured, match=r"seconds -0.1, .*tried again after 60 minutes"):
         calibrated(KEY, lambda: Calibration(32, -0.1, {32: {32: 0.1}}))
+
+
+class Deaf:
+    """Stands in for a vLLM whose proposer finds no draft."""
+
+    async def generate(self, *_: Any) -> AsyncIterator[None]:
+        yield None
+
+
+def test_a_step_whose_guesses_no_proposer_saw_is_no_measurement() -> None:
+    with contextlib.closing(DraftFolder(None)) as folder:
+        how: dict[str, Any] = {"drafts": [[4, 5, 6]], "folder": folder}
+        elapsed = partial(vllm_calibration._elapsed, cast(Any, Deaf()), [[1, 2, 3]], 1, 2, **how)
+        assert asyncio.run(elapsed(1)) > 0  # reads the prompt alone
+        with pytest.raises(vllm_calibration.Impossible, match="saw no guesses"):
+            asyncio.run(elapsed(2))
+
+
+def test_where_drafts_find_no_memory_there_are_none() -> None:
+    def measure() -> Calibration:
+        raise OSError("No space left on device")
+
+    with pytest.raises(vllm_calibration.NotMeasured, match="No space left"):
+        calibrated(KEY, measure)
 
 
 def test_engines_that_start_together_measure_once() -> None:
