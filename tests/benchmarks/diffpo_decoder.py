@@ -11,8 +11,9 @@ ours at batch 32. Both begin with the policy's answers, sampled at temperature 1
 at an end-of-sequence token, which spares the published algorithm its useless tail.
 
 generate: drafts that are right in whole runs of 12 tokens, the overlap being the share of right runs. Beside the ratio
-of generate's seconds to ours stands the limit: what an oracle that knows every acceptance could reach, on step costs
-that are measured in the same run, positions of all rows counted together (that is how the decoder lays them out).
+of generate's seconds to ours stands the limit: what an oracle could reach that knows which tokens of the draft stand
+right where they are, on step costs that are measured in the same run, of rows with equally many positions. It neither
+realigns a draft nor guesses by the model's own predictions, so where texts part it can be outrun.
 "plain" is our own loop without drafts, than which poor ones must not make it slower by more than a tenth.
 
 refilled: our own loop with such drafts against the same without, where a row that ends leaves its slot to another, as

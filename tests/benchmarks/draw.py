@@ -9,7 +9,7 @@ Figures = Mapping[str, Any]
 WIDTH, HEIGHT = 320, 260  # of a panel's inside
 COLOURS = ("#4269d0", "#d9571f", "#2f8f3f", "#97308f", "#8a6d3b", "#444444", "#0a8f8f", "#b8860b")
 STYLES = {"tokens_per_s": "", "limit": "7 4", "generate": "1 4"}
-LEGEND = "solid: this decoder; dashed: the limit that an oracle could reach; dotted: generate"
+LEGEND = "solid: this decoder; dashed: an oracle over the draft; dotted: generate"
 
 
 def draw(figures: Iterable[Figures]) -> str:

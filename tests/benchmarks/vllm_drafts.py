@@ -4,7 +4,7 @@
     python tests/benchmarks/vllm_drafts.py overlap --batches 4 --overlaps 0 1 --repeats 1  # three minutes
 
 overlap: drafts are the model's own answers, of which runs of 12 tokens are replaced by others' at random; p is the
-share of the runs that are left. Beside each ratio stands the limit 1 / (1 - p + p / s), s being the ratio at p = 1,
+chance of a run to be left. Beside each ratio stands the limit 1 / (1 - p + p / s), s being the ratio at p = 1,
 which is therefore always measured.
 correction: recipes whose prompt holds the answer that is its draft, also with vLLM's own `ngram` and `suffix`, where
 numba and arctic-inference are installed, which these need.
